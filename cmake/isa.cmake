@@ -1,0 +1,30 @@
+# lepton_kernel(target source): compile one .kernel.cpp once per instruction-set level, each in its own namespace.
+#
+# Every kernel exists at every level, so a kernel table is never sparse. Flags are per object: nothing but
+# .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be compiled above the baseline.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(LEPTON_ISAS generic ssse3 avx2 avx512vnni avx512vbmi2)
+  set(LEPTON_FLAGS_generic -march=x86-64)
+  set(LEPTON_FLAGS_ssse3 -march=x86-64-v2)
+  set(LEPTON_FLAGS_avx2 -march=x86-64-v3)
+  set(LEPTON_FLAGS_avx512vnni -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512)
+  set(LEPTON_FLAGS_avx512vbmi2 ${LEPTON_FLAGS_avx512vnni} -mavx512vbmi -mavx512vbmi2 -mavx512bitalg -mavx512vpopcntdq)
+else()
+  set(LEPTON_ISAS generic)
+  set(LEPTON_FLAGS_generic "")
+endif()
+
+function(lepton_kernel target source)
+  get_filename_component(name ${source} NAME_WE)
+  foreach(isa IN LISTS LEPTON_ISAS)
+    string(TOUPPER ${isa} ISA)
+    set(object ${name}_${isa})
+    add_library(${object} OBJECT ${source})
+    target_compile_definitions(${object} PRIVATE LEPTON_ISA=${isa} LEPTON_ISA_${ISA})
+    # -ffp-contract=off: a fused multiply-add only where the source says so; the levels must agree to the last bit.
+    target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno)
+    target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+    set_target_properties(${object} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+  endforeach()
+endfunction()

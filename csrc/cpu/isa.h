@@ -1,0 +1,28 @@
+// isa.h - which instruction-set level runs: the best one that the processor, the operating system and
+// LEPTON_MAX_ISA allow, found once at load.
+#pragma once
+
+namespace lepton {
+
+// Ordered: a level implies every level before it. cmake/isa.cmake holds the compiler flags of each.
+enum class Isa : int {
+  generic,      // plain C++ at the architecture's baseline; correct everywhere
+  ssse3,        // x86-64-v2: SSSE3, SSE4.1, SSE4.2, POPCNT
+  avx2,         // x86-64-v3: AVX2, FMA, BMI1/2, F16C
+  avx512vnni,   // x86-64-v4 (AVX-512 F, BW, CD, DQ, VL) and VNNI
+  avx512vbmi2,  // the same and VBMI, VBMI2, BITALG, VPOPCNTDQ (Ice Lake, Zen 4)
+};
+constexpr int kIsaCount = 5;
+
+const char* isa_name(Isa isa);
+// False when no level has that name.
+bool isa_from_name(const char* name, Isa* isa);
+
+// The best level of this processor and operating system.
+Isa isa_of_machine();
+// isa_of_machine() capped by the environment variable LEPTON_MAX_ISA; read once.
+Isa isa_in_use();
+// What LEPTON_MAX_ISA held when it named no level, else nullptr: the bindings raise an error that says so.
+const char* isa_unknown_name();
+
+}  // namespace lepton

@@ -1,0 +1,16 @@
+// parallel.h - run independent tasks on OpenMP threads: torch's own pool where torch is loaded (see
+// lepton_kernels/_runtime.py), so two pools never fight over the cores.
+#pragma once
+
+#include <functional>
+
+namespace lepton {
+
+// Calls task(i) once for every i in [0, count), on at most `threads` threads; serial in a child forked after the pool
+// started (GNU OpenMP would hang there). Tasks are dealt out in order as threads become free. A task must not throw.
+void parallel_for(int count, int threads, const std::function<void(int)>& task);
+
+// How many threads torch, or OMP_NUM_THREADS, wants.
+int default_threads();
+
+}  // namespace lepton
