@@ -1,0 +1,65 @@
+// gemm_int8.kernel.cpp - Y = (Xq @ Wq^T) with uint8 activations, int8 weights and exact int32 sums, scaled at the end.
+//
+//   y[r, c] = float(sum_k q[r, k] w[c, k] - zero[r] * column_sum[c]) * (row_scale[r] * scale[c]) + bias[c]
+//
+// Sums stay in registers over the whole of k, so Y is written once and nothing else is.
+#include "cpu/simd/epilogue.h"
+
+namespace lepton::LEPTON_ISA {
+namespace {
+
+// Bytes ahead of a single row's reads: one row uses each weight once, at the speed of memory.
+constexpr int kPrefetchBytes = 4096;
+
+template <int rows, int panels>
+LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
+  const int64_t panel_bytes = tile.weight.panel_bytes();
+  const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.data) + panel0 * panel_bytes;
+  const uint8_t* a = tile.q + row * tile.q_stride;
+  const int quads = divide_up(tile.weight.k, kQuad);
+
+  I32x16 acc[panels][rows];
+  for (int p = 0; p < panels; ++p)
+    for (int r = 0; r < rows; ++r) acc[p][r] = broadcast_i32(0);
+  for (int q = 0; q < quads; ++q, a += kQuadBytes, w += kPanel * kQuad) {
+    for (int p = 0; p < panels; ++p) {
+      if constexpr (rows == 1) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
+      dot_s8<rows>(acc[p], a, tile.q_stride, w + p * panel_bytes);
+    }
+  }
+
+  for (int p = 0; p < panels; ++p) {
+    const Int8Meta& meta = static_cast<const Int8Meta*>(tile.weight.meta)[panel0 + p];
+    const I32x16 column_sum = load_i32(meta.column_sum);
+    const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel0 + p);
+    for (int r = 0; r < rows; ++r) {
+      const I32x16 sum = sub(acc[p][r], mul(broadcast_i32(tile.row_zero[row + r]), column_sum));
+      const F32x16 y_scale = mul(broadcast_f32(tile.row_scale[row + r]), scale);
+      store_output(tile, row + r, panel0 + p, add(mul(to_f32(sum), y_scale), bias));
+    }
+  }
+}
+
+template <int kRows, int panels>
+LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
+  for (; panel + panels <= tile.panel_end; panel += panels)
+    for_row_blocks<kRows>(tile.rows, [&]<int rows>(int row) { multiply<rows, panels>(tile, row, panel); });
+  return panel;
+}
+
+constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
+
+}  // namespace
+
+void gemm_int8_tile(const GemmTile& tile) {
+  int panel = tile.panel_begin;
+  if (tile.rows == 1) {
+    for (; panel + kVectorPanels <= tile.panel_end; panel += kVectorPanels) multiply<1, kVectorPanels>(tile, 0, panel);
+    for (; panel < tile.panel_end; ++panel) multiply<1, 1>(tile, 0, panel);
+    return;
+  }
+  panel = multiply_panels<kInt8Rows, kInt8Panels>(tile, panel);
+  if constexpr (kInt8Panels > 1) multiply_panels<kInt8Rows, 1>(tile, panel);
+}
+
+}  // namespace lepton::LEPTON_ISA

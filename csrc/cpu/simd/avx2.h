@@ -1,0 +1,144 @@
+// avx2.h - the vector operations in two 256-bit registers.
+#pragma once
+
+#include <immintrin.h>
+
+namespace lepton::LEPTON_ISA {
+namespace {
+
+// vpmaddubsw would saturate on uint8 x int8 (255 * 127 * 2 > 32767), so int8 products run as int16 by vpmaddwd, which
+// is exact: a quad k0 k1 k2 k3 of activations is stored as the int16 pairs (k0, k2) and (k1, k3).
+constexpr int kQuadBytes = 8;
+constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
+constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
+constexpr int kFloatRows = 6;
+
+struct F32x16 {
+  __m256 half[2];
+};
+struct I32x16 {
+  __m256i half[2];
+};
+
+#define LEPTON_HALVES(V, expression)                   \
+  V out;                                               \
+  for (int h = 0; h < 2; ++h) out.half[h] = expression; \
+  return out
+
+template <Dtype dtype>
+LEPTON_INLINE F32x16 load_f32(const void* p) {
+  if constexpr (dtype == Dtype::f32) {
+    LEPTON_HALVES(F32x16, _mm256_loadu_ps(static_cast<const float*>(p) + 8 * h));
+  } else if constexpr (dtype == Dtype::bf16) {
+    LEPTON_HALVES(F32x16, _mm256_castsi256_ps(_mm256_slli_epi32(
+                              _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p) + h)), 16)));
+  } else {
+    LEPTON_HALVES(F32x16, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p) + h)));
+  }
+}
+
+template <Dtype dtype>
+LEPTON_INLINE void store_f32(void* p, F32x16 v) {
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (dtype == Dtype::f32) {
+      _mm256_storeu_ps(static_cast<float*>(p) + 8 * h, v.half[h]);
+    } else if constexpr (dtype == Dtype::bf16) {
+      const __m256i bits = _mm256_castps_si256(v.half[h]);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.half[h], v.half[h], _CMP_UNORD_Q));
+      const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+      _mm_storeu_si128(static_cast<__m128i*>(p) + h, _mm256_castsi256_si128(packed));
+    } else {
+      _mm_storeu_si128(static_cast<__m128i*>(p) + h, _mm256_cvtps_ph(v.half[h], _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+}
+
+LEPTON_INLINE F32x16 broadcast_f32(float x) { LEPTON_HALVES(F32x16, _mm256_set1_ps(x)); }
+LEPTON_INLINE F32x16 add(F32x16 a, F32x16 b) { LEPTON_HALVES(F32x16, _mm256_add_ps(a.half[h], b.half[h])); }
+LEPTON_INLINE F32x16 sub(F32x16 a, F32x16 b) { LEPTON_HALVES(F32x16, _mm256_sub_ps(a.half[h], b.half[h])); }
+LEPTON_INLINE F32x16 mul(F32x16 a, F32x16 b) { LEPTON_HALVES(F32x16, _mm256_mul_ps(a.half[h], b.half[h])); }
+LEPTON_INLINE F32x16 min(F32x16 a, F32x16 b) { LEPTON_HALVES(F32x16, _mm256_min_ps(a.half[h], b.half[h])); }
+LEPTON_INLINE F32x16 max(F32x16 a, F32x16 b) { LEPTON_HALVES(F32x16, _mm256_max_ps(a.half[h], b.half[h])); }
+LEPTON_INLINE F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) {
+  LEPTON_HALVES(F32x16, _mm256_fmadd_ps(a.half[h], b.half[h], c.half[h]));
+}
+LEPTON_INLINE I32x16 round_i32(F32x16 v) { LEPTON_HALVES(I32x16, _mm256_cvtps_epi32(v.half[h])); }
+LEPTON_INLINE F32x16 to_f32(I32x16 v) { LEPTON_HALVES(F32x16, _mm256_cvtepi32_ps(v.half[h])); }
+
+LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_HALVES(I32x16, _mm256_set1_epi32(x)); }
+LEPTON_INLINE I32x16 load_i32(const void* p) {
+  LEPTON_HALVES(I32x16, _mm256_loadu_si256(static_cast<const __m256i*>(p) + h));
+}
+LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_add_epi32(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_sub_epi32(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_mullo_epi32(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_min_epi32(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_max_epi32(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_and_si256(a.half[h], b.half[h])); }
+template <int n>
+LEPTON_INLINE I32x16 shift_left(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_slli_epi32(a.half[h], n)); }
+template <int n>
+LEPTON_INLINE I32x16 shift_right(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_srli_epi32(a.half[h], n)); }
+template <int n>
+LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_srai_epi32(a.half[h], n)); }
+#undef LEPTON_HALVES
+
+LEPTON_INLINE __m256i pack_u16(I32x16 v) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(v.half[0], v.half[1]), 0xd8);
+}
+LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
+  const __m256i words = pack_u16(v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
+  const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_shuffle_epi8(pack_u16(v), _mm256_broadcastsi128_si256(even_odd)));
+}
+
+LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
+  int32_t quad;
+  __builtin_memcpy(&quad, a, 4);
+  return _mm256_set1_epi32(quad);
+}
+
+template <int rows>
+LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+  for (int odd = 0; odd < 2; ++odd) {
+    __m256i pair[2];  // int16 (k0, k2) or (k1, k3) of 8 columns
+    for (int h = 0; h < 2; ++h) {
+      const __m256i quad = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
+      pair[h] = _mm256_srai_epi16(odd ? quad : _mm256_slli_epi16(quad, 8), 8);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const __m256i activation = broadcast_quad(a + r * lda + 4 * odd);
+      for (int h = 0; h < 2; ++h)
+        acc[r].half[h] = _mm256_add_epi32(acc[r].half[h], _mm256_madd_epi16(activation, pair[h]));
+    }
+  }
+}
+
+// Here vpmaddubsw is exact: 2 * 255 * 15 = 7650, and four of them still fit int16.
+template <int rows>
+LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  const __m256i low = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
+  for (int h = 0; h < 2; ++h) {
+    const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
+    const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h + 2);
+    const __m256i quad[4] = {_mm256_and_si256(w0, low), _mm256_and_si256(_mm256_srli_epi16(w0, 4), low),
+                             _mm256_and_si256(w1, low), _mm256_and_si256(_mm256_srli_epi16(w1, 4), low)};
+    for (int r = 0; r < rows; ++r) {
+      __m256i sum = _mm256_maddubs_epi16(broadcast_quad(a + r * lda), quad[0]);
+      for (int q = 1; q < 4; ++q)
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(broadcast_quad(a + r * lda + 4 * q), quad[q]));
+      acc[r].half[h] = _mm256_add_epi32(acc[r].half[h], _mm256_madd_epi16(sum, ones));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lepton::LEPTON_ISA
