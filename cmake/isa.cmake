@@ -22,7 +22,9 @@ function(lepton_kernel target source)
     add_library(${object} OBJECT ${source})
     target_compile_definitions(${object} PRIVATE LEPTON_ISA=${isa} LEPTON_ISA_${ISA})
     # -ffp-contract=off: a fused multiply-add only where the source says so; the levels must agree to the last bit.
-    target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno)
+    target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno
+      # gcc 12 warns about its own _mm512_undefined_* (GCC bug 105593).
+      -Wno-maybe-uninitialized)
     target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
     set_target_properties(${object} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)

@@ -1,5 +1,28 @@
 """Native kernels: raw addresses and sizes in, exceptions out. Internal; the public names are in lepton_kernels."""
 
+MAX_K: int
+GROUP_MULTIPLE: int
+
 def isa() -> str: ...
 def isa_of_machine() -> str: ...
 def default_threads() -> int: ...
+def packed_bytes(n: int, k: int, bits: int, group: int) -> int: ...
+def pack_int8(weight: int, scale: int, n: int, k: int, packed: int) -> None: ...
+def pack_int4(
+    weight: int, row_bytes: int, scale: int, zero: int, n: int, k: int, group: int, packed: int
+) -> None: ...
+def gemm(
+    x: int,
+    dtype: int,
+    x_stride: int,
+    m: int,
+    packed: int,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    bias: int,
+    y: int,
+    quantize_activations: bool,
+    threads: int,
+) -> None: ...

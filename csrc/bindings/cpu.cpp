@@ -1,11 +1,68 @@
-// cpu.cpp - bindings of csrc/cpu.
+// cpu.cpp - bindings of csrc/cpu. Addresses come as integers from tensor.data_ptr(); backends/cpu.py has checked shapes
+// and dtypes, and what can be checked from sizes alone is checked again here.
+#include <string>
+
 #include "bindings/bindings.h"
+#include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
 
 namespace lepton {
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool ok, const std::string& message) {
+  if (!ok) throw py::value_error(message);
+}
+
+PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group) {
+  check(n >= 0, "gemm: n is " + std::to_string(n) + "; allowed: 0 or more");
+  check(k >= 1 && k <= kMaxK,
+        "gemm: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
+  check(bits == 8 || bits == 4, "gemm: bits is " + std::to_string(bits) + "; allowed: 4, 8");
+  check(bits == 8 || (group >= 1 && (group % kNibbleBlock == 0 || group >= k)),
+        "gemm: group_size is " + std::to_string(group) + "; allowed: a multiple of " + std::to_string(kNibbleBlock) +
+            ", or -1 for the whole row");
+  PackedWeight weight{at<const uint8_t>(packed), nullptr, n, k, bits, bits == 8 ? k : group};
+  weight.meta = weight.data + weight.data_bytes();
+  return weight;
+}
+
+int64_t packed_bytes(int n, int k, int bits, int group) {
+  const PackedWeight weight = packed_view(0, n, k, bits, group);
+  return weight.data_bytes() + weight.meta_bytes();
+}
+
+void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,
+               uintptr_t bias, uintptr_t y, bool quantize_activations, int threads) {
+  const GemmArgs args{at<const void>(x), static_cast<Dtype>(dtype), x_stride, m,
+                      packed_view(packed, n, k, bits, group), at<const float>(bias), at<void>(y),
+                      quantize_activations, threads};
+  py::gil_scoped_release release;
+  gemm(args);
+}
+
+void bind_pack_int8(uintptr_t weight, uintptr_t scale, int n, int k, uintptr_t packed) {
+  packed_view(packed, n, k, 8, k);
+  py::gil_scoped_release release;
+  pack_int8(at<const int8_t>(weight), at<const float>(scale), n, k, at<uint8_t>(packed));
+}
+
+void bind_pack_int4(uintptr_t weight, int64_t row_bytes, uintptr_t scale, uintptr_t zero, int n, int k, int group,
+                    uintptr_t packed) {
+  packed_view(packed, n, k, 4, group);
+  py::gil_scoped_release release;
+  pack_int4(at<const uint8_t>(weight), row_bytes, at<const float>(scale), at<const int8_t>(zero), n, k, group,
+            at<uint8_t>(packed));
+}
+
+}  // namespace
 
 void bind_cpu(py::module_& module) {
   if (isa_unknown_name() != nullptr) {
@@ -13,9 +70,15 @@ void bind_cpu(py::module_& module) {
     for (int i = 0; i < kIsaCount; ++i) names += std::string(i ? ", " : "") + isa_name(static_cast<Isa>(i));
     throw py::value_error("LEPTON_MAX_ISA is '" + std::string(isa_unknown_name()) + "'; allowed: " + names);
   }
+  module.attr("MAX_K") = kMaxK;
+  module.attr("GROUP_MULTIPLE") = kNibbleBlock;
   module.def("isa", [] { return isa_name(isa_in_use()); }, "The instruction-set level in use.");
   module.def("isa_of_machine", [] { return isa_name(isa_of_machine()); }, "The best level of this machine.");
   module.def("default_threads", &default_threads, "Threads that OpenMP would use.");
+  module.def("packed_bytes", &packed_bytes, "Bytes of a packed weight.");
+  module.def("pack_int8", &bind_pack_int8);
+  module.def("pack_int4", &bind_pack_int4);
+  module.def("gemm", &bind_gemm);
 }
 
 }  // namespace lepton

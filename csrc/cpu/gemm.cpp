@@ -21,8 +21,6 @@ constexpr int kTilesPerThread = 4;
 // A panel group of a tile holds a multiple of this many panels, the most that a kernel takes side by side.
 constexpr int kPanelMultiple = 4;
 
-constexpr int kMaxQuadBytes = 8;
-
 // A buffer that a thread keeps between calls, 64-byte aligned.
 class Scratch {
  public:
@@ -56,7 +54,7 @@ struct Activations {
 };
 
 // Lays the prepared activations of all rows out in one scratch buffer.
-Activations plan_activations(const GemmArgs& args, Scratch& scratch) {
+Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k, groups = args.weight.groups();
   Activations plan;
   if (!args.quantize_activations) {
@@ -67,7 +65,7 @@ Activations plan_activations(const GemmArgs& args, Scratch& scratch) {
     return plan;
   }
   const bool bytes = args.weight.bits == 4;
-  const int64_t stride = int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : kMaxQuadBytes);
+  const int64_t stride = int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : quad_bytes(isa));
   const size_t q_bytes = size_t(m) * size_t(stride), row_bytes = size_t(round_up(m, 16)) * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + row_bytes * (2 + (bytes ? size_t(groups) : 0))));
   plan.quantized = {args.x, args.dtype, args.x_stride, m, k,
@@ -141,7 +139,7 @@ void gemm(const GemmArgs& args) {
   const int threads = int64_t(m) * args.weight.n * k < kParallelWork ? 1 : std::max(1, args.threads);
 
   thread_local Scratch scratch;
-  const Activations plan = plan_activations(args, scratch);
+  const Activations plan = plan_activations(args, isa, scratch);
   const int64_t row_bytes = args.quantize_activations ? plan.quantized.q_stride : int64_t(k) * 4;
   const int row_block = int(std::clamp<int64_t>(kActivationBytes / std::max<int64_t>(row_bytes, 1) / 12 * 12, 12, m));
   const int row_tiles = divide_up(m, row_block);

@@ -19,6 +19,9 @@ enum class QuantizedLayout : int {
   quads,  // the level's quads (simd.h): kQuadBytes for every four
 };
 
+// Bytes of four activations in QuantizedLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
+constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
+
 struct QuantizeRowsArgs {
   const void* x;  // [rows, k], rows x_stride elements apart
   Dtype dtype;

@@ -5,6 +5,8 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+static_assert(kQuadBytes == quad_bytes(Isa::LEPTON_ISA));
+
 constexpr int kLanes = 16;
 constexpr float kSmallestNormal = 0x1p-126f;  // below it 1 / scale could overflow: such a row counts as zeros
 

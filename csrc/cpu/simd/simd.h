@@ -15,6 +15,7 @@
 // kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "cpu/dtype.h"

@@ -1,0 +1,1 @@
+"""Who computes an operator on which device: cpu (native), triton (CUDA tensors)."""

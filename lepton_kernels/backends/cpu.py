@@ -1,0 +1,146 @@
+"""Quantized GEMM on CPU tensors: the native kernels behind gemm_int8 and gemm_int4.
+
+The tiled layout that a kernel reads is made from the saved layout on first use and kept while the saved weight lives.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lepton_kernels._runtime import C
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Packed(NamedTuple):
+    """A weight in the kernels' tiles: its memory, its shape, and the addresses a call needs."""
+
+    data: Tensor  # uint8 [bytes], 64-byte aligned
+    address: int
+    n: int
+    k: int
+    bits: int
+    group: int
+
+
+class _Entry(NamedTuple):
+    packed: Packed
+    sources: tuple[tuple[StorageWeakRef, int], ...]  # the weak storage and version of every tensor it was made from
+
+
+# The key holds a storage's address; the entry's weak reference keeps that address from being given to another storage.
+_cache: dict[tuple[int, ...], _Entry] = {}
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count and stand at 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _key(tensors: tuple[Tensor, ...], k: int) -> tuple[int, ...]:
+    return (k, *(value for t in tensors for value in (t.untyped_storage()._cdata, t.storage_offset())))
+
+
+def _lookup(key: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Packed | None:
+    entry = _cache.get(key)
+    if entry is None:
+        return None
+    for tensor, (storage, seen) in zip(tensors, entry.sources, strict=True):
+        if storage.expired() or version(tensor) != seen:
+            del _cache[key]
+            return None
+    return entry.packed
+
+
+def _remember(key: tuple[int, ...], tensors: tuple[Tensor, ...], packed: Packed) -> None:
+    for old in [old for old, entry in _cache.items() if any(storage.expired() for storage, _ in entry.sources)]:
+        del _cache[old]
+    sources = tuple((StorageWeakRef(t.untyped_storage()), version(t)) for t in tensors)
+    _cache[key] = _Entry(packed, sources)
+
+
+def _allocate(n: int, k: int, bits: int, group: int) -> Packed:
+    data = torch.empty(C.packed_bytes(n, k, bits, group), dtype=torch.uint8)
+    return Packed(data, data.data_ptr(), n, k, bits, group)
+
+
+def pack_int8(weight_packed: Tensor, weight_scale: Tensor) -> Packed:
+    """The tiles of weight_packed int8 [n, k] and weight_scale f32 [n, 1]; made once, then found again."""
+    sources = (weight_packed, weight_scale)
+    n, k = weight_packed.shape
+    key = _key(sources, k)
+    packed = _lookup(key, sources)
+    if packed is None:
+        packed = _allocate(n, k, 8, k)
+        weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
+        C.pack_int8(weight.data_ptr(), scale.data_ptr(), n, k, packed.address)
+        _remember(key, sources, packed)
+    return packed
+
+
+def pack_int4(
+    weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int
+) -> Packed:
+    """The tiles of weight_packed int32 [n, ceil(k / 8)], one scale and zero point a group of group_size (-1: a row)."""
+    sources = (weight_packed, weight_scale) + (() if weight_zero_point is None else (weight_zero_point,))
+    key = _key(sources, k)
+    packed = _lookup(key, sources)
+    if packed is None:
+        n, words = weight_packed.shape
+        packed = _allocate(n, k, 4, k if group_size == -1 else min(group_size, -(-k // 16) * 16))
+        weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
+        zero = None if weight_zero_point is None else weight_zero_point.contiguous()
+        C.pack_int4(
+            weight.data_ptr(), 4 * words, scale.data_ptr(), 0 if zero is None else zero.data_ptr(),
+            n, k, packed.group, packed.address,
+        )  # fmt: skip
+        _remember(key, sources, packed)
+    return packed
+
+
+def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: bool) -> Tensor:
+    """Y[..., n] = X[..., k] @ W^T + bias, in x's dtype, on torch's number of threads."""
+    rows = x if x.dim() == 2 else x.reshape(-1, packed.k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    m = rows.shape[0]
+    y = x.new_empty(*x.shape[:-1], packed.n)
+    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+        bias = bias.to(torch.float32).contiguous()
+    C.gemm(
+        rows.data_ptr(), _DTYPES[x.dtype], rows.stride(0), m, packed.address, packed.n, packed.k, packed.bits,
+        packed.group, 0 if bias is None else bias.data_ptr(), y.data_ptr(), quantize_activations,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def gemm_int8(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+) -> Tensor:
+    """The operator lepton::gemm_int8 on CPU tensors."""
+    return gemm(x, pack_int8(weight_packed, weight_scale), bias, quantize_activations)
+
+
+def gemm_int4(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    quantize_activations: bool,
+) -> Tensor:
+    """The operator lepton::gemm_int4 on CPU tensors."""
+    packed = pack_int4(weight_packed, weight_scale, weight_zero_point, x.shape[-1], group_size)
+    return gemm(x, packed, bias, quantize_activations)
+
+
+@functools.cache
+def kernel_name(bits: int, quantize_activations: bool) -> str:
+    """What serves a scheme on this machine, as lk.backends() and the reports show it."""
+    kernel = f"gemm_int{bits}" if quantize_activations else "gemm_dequant"
+    return f"{kernel}[{C.isa()}]"

@@ -1,0 +1,121 @@
+"""Every operator in plain torch: what it means, and the oracle of the tests.
+
+Slow and clear. The native kernels equal these to the last bit where activations are quantized (integer sums, then a
+fixed order of float steps), and within the rounding of float sums elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q[m, k] int32 in 0..255, scale f32 [m], zero int32 [m] with x ~ scale * (q - zero), from x float [m, k].
+
+    Asymmetric, one scale a row. A row of zeros has scale 0; one that holds NaN or infinity has scale NaN.
+    """
+    x = x.to(torch.float32)
+    if x.shape[1] == 0:
+        raise ValueError(f"quantize_rows: x has shape {tuple(x.shape)}; allowed: at least one column")
+    lo = x.amin(1).clamp(max=0)
+    hi = x.amax(1).clamp(min=0)
+    scale = hi * torch.tensor(1 / 255, dtype=torch.float32) - lo * torch.tensor(1 / 255, dtype=torch.float32)
+    tiny = scale < _SMALLEST_NORMAL
+    inverse = torch.where(tiny, 0.0, 1 / scale)
+    scale = torch.where(tiny, 0.0, scale)
+    bad = ~torch.isfinite(x).all(1)
+    scale = torch.where(bad, torch.nan, scale)
+    inverse = torch.where(bad, 0.0, inverse)
+    x = torch.where(bad[:, None], 0.0, x)
+    lo = torch.where(bad, 0.0, lo)
+    zero = torch.round(-lo * inverse).clamp(0, 255).to(torch.int32)
+    q = (torch.round(x * inverse[:, None]).to(torch.int32) + zero[:, None]).clamp(0, 255)
+    q = torch.where(bad[:, None], 0, q)
+    return q, scale, torch.where(bad, 0, zero)
+
+
+def unpack_int4(weight_packed: Tensor, k: int) -> Tensor:
+    """int8 [n, k] in -8..7 from int32 [n, ceil(k / 8)]: value + 8 in nibbles, the lowest first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight_packed.device)
+    nibbles = (weight_packed[..., None] >> shifts) & 0xF
+    return (nibbles.flatten(-2)[..., :k] - 8).to(torch.int8)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int32 [n, ceil(k / 8)] from int8 [n, k] in -8..7; nibbles past k hold 0."""
+    n, k = values.shape
+    nibbles = torch.zeros(n, -(-k // 8) * 8, dtype=torch.int64, device=values.device)
+    nibbles[:, :k] = values.to(torch.int64) + 8
+    shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=values.device)
+    words = (nibbles.view(n, -1, 8) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def expand_groups(per_group: Tensor, k: int, group_size: int) -> Tensor:
+    """[n, k] from one value a group, [n, groups]; group_size -1 is the whole row."""
+    size = k if group_size == -1 else group_size
+    return per_group.repeat_interleave(size, dim=1)[:, :k]
+
+
+def dequantize_int8(weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """W f32 [n, k] = weight_packed int8 [n, k] * weight_scale f32 [n, 1]."""
+    return weight_packed.to(torch.float32) * weight_scale
+
+
+def dequantize_int4(
+    weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int
+) -> Tensor:
+    """W f32 [n, k] = (value - zero_point) * scale, from int32 [n, ceil(k / 8)] and one scale and zero point a group."""
+    values = unpack_int4(weight_packed, k).to(torch.int32)
+    if weight_zero_point is not None:
+        values = values - expand_groups(weight_zero_point, k, group_size)
+    return values.to(torch.float32) * expand_groups(weight_scale.to(torch.float32), k, group_size)
+
+
+def _finish(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gemm_int8(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+) -> Tensor:
+    """Y[..., n] = X[..., k] @ W[n, k]^T + bias, with W = weight_packed int8 * weight_scale; Y has x's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not quantize_activations:
+        weight = weight_packed.to(torch.float64)
+        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32) * weight_scale[:, 0], bias, x)
+    q, scale, zero = quantize_rows(rows)
+    weight = weight_packed.to(torch.int64)
+    sums = q.to(torch.int64) @ weight.T - zero[:, None].to(torch.int64) * weight.sum(1)
+    return _finish(sums.to(torch.int32).to(torch.float32) * (scale[:, None] * weight_scale[:, 0]), bias, x)
+
+
+def gemm_int4(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    quantize_activations: bool,
+) -> Tensor:
+    """Y[..., n] = X[..., k] @ W[n, k]^T + bias, with W = (value - zero_point) * scale in groups along k."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if not quantize_activations:
+        weight = dequantize_int4(weight_packed, weight_scale, weight_zero_point, k, group_size).to(torch.float64)
+        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32), bias, x)
+    q, scale, zero = quantize_rows(rows)
+    values = unpack_int4(weight_packed, k).to(torch.int64)
+    if weight_zero_point is not None:
+        values = values - expand_groups(weight_zero_point, k, group_size)
+    shifted = q.to(torch.int64) - zero[:, None]
+    size = k if group_size == -1 else group_size
+    y = torch.zeros(rows.shape[0], weight_packed.shape[0], dtype=torch.float32, device=x.device)
+    for g, k0 in enumerate(range(0, k, size)):
+        sums = shifted[:, k0 : k0 + size] @ values[:, k0 : k0 + size].T
+        y = y + sums.to(torch.float32) * weight_scale[:, g].to(torch.float32)
+    return _finish(y * scale[:, None], bias, x)
