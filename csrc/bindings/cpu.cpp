@@ -41,9 +41,15 @@ int64_t packed_bytes(int n, int k, int bits, int group) {
 
 void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,
                uintptr_t bias, uintptr_t y, bool quantize_activations, int threads) {
-  const GemmArgs args{at<const void>(x), static_cast<Dtype>(dtype), x_stride, m,
-                      packed_view(packed, n, k, bits, group), at<const float>(bias), at<void>(y),
-                      quantize_activations, threads};
+  const GemmArgs args{at<const void>(x),
+                      static_cast<Dtype>(dtype),
+                      x_stride,
+                      m,
+                      packed_view(packed, n, k, bits, group),
+                      at<const float>(bias),
+                      at<void>(y),
+                      quantize_activations,
+                      threads};
   py::gil_scoped_release release;
   gemm(args);
 }

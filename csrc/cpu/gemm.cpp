@@ -1,4 +1,5 @@
-// gemm.cpp - the driver of every quantized GEMM: prepares the activations once, cuts Y into tiles, deals them to threads.
+// gemm.cpp - the driver of every quantized GEMM: prepares the activations once, cuts Y into tiles, deals them to
+// threads.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -68,9 +69,14 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int64_t stride = int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : quad_bytes(isa));
   const size_t q_bytes = size_t(m) * size_t(stride), row_bytes = size_t(round_up(m, 16)) * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + row_bytes * (2 + (bytes ? size_t(groups) : 0))));
-  plan.quantized = {args.x, args.dtype, args.x_stride, m, k,
+  plan.quantized = {args.x,
+                    args.dtype,
+                    args.x_stride,
+                    m,
+                    k,
                     bytes ? QuantizedLayout::bytes : QuantizedLayout::quads,
-                    reinterpret_cast<uint8_t*>(memory), stride,
+                    reinterpret_cast<uint8_t*>(memory),
+                    stride,
                     reinterpret_cast<float*>(memory + q_bytes),
                     reinterpret_cast<int32_t*>(memory + q_bytes + row_bytes),
                     bytes ? reinterpret_cast<int32_t*>(memory + q_bytes + 2 * row_bytes) : nullptr,
@@ -160,8 +166,7 @@ void gemm(const GemmArgs& args) {
     const int rows = std::min(row_block, m - row0);
     GemmTile tile = tile_of(plan, args, row0, rows, panel0, std::min(panels, panel0 + tile_panels));
     thread_local Scratch sums;
-    if (!args.quantize_activations)
-      tile.sums = static_cast<float*>(sums.get(size_t(rows) * kPanel * sizeof(float)));
+    if (!args.quantize_activations) tile.sums = static_cast<float*>(sums.get(size_t(rows) * kPanel * sizeof(float)));
     kernel(tile);
   });
   scratch.trim();

@@ -1,5 +1,5 @@
-// gemm.h - Y = X @ dequant(W)^T + bias on the CPU, for 8-bit and grouped 4-bit weights; activations quantized on the fly
-// (w8a8, w4a8) or left in float (w8a16, w4a16).
+// gemm.h - Y = X @ dequant(W)^T + bias on the CPU, for 8-bit and grouped 4-bit weights; activations quantized on the
+// fly (w8a8, w4a8) or left in float (w8a16, w4a16).
 #pragma once
 
 #include <stdint.h>
@@ -14,17 +14,17 @@ struct GemmArgs {
   Dtype dtype;    // of x and y
   int64_t x_stride;
   int m;
-  PackedWeight weight;   // n, k
-  const float* bias;     // [n] or null
-  void* y;               // [m, n], rows contiguous
+  PackedWeight weight;  // n, k
+  const float* bias;    // [n] or null
+  void* y;              // [m, n], rows contiguous
   bool quantize_activations;
   int threads;
 };
 
 void gemm(const GemmArgs& args);
 
-// The tiled layout from the saved one (docs/formats.md). `packed` has room for data_bytes() + meta_bytes() of the weight
-// that pack_* describe, data first.
+// The tiled layout from the saved one (docs/formats.md). `packed` has room for data_bytes() + meta_bytes() of the
+// weight that pack_* describe, data first.
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed);
 // weight: uint8 rows of row_bytes, two k a byte, low nibble first, value + 8. scale: f32 [n, groups]. zero: int8
 // [n, groups] in -8..7, or null for 0.

@@ -1,7 +1,9 @@
-// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations: int8 or 4-bit weights are widened to f32, a panel
-// and a block of k at a time, into a buffer that stays in the first-level cache, and used from there by every row.
+// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations: int8 or 4-bit weights are widened to f32, a
+// panel and a block of k at a time, into a buffer that stays in the first-level cache, and used from there by every
+// row.
 //
-// 8 bit: the buffer holds the integers and the channel's scale is applied to the sums. 4 bit: it holds (q - zero) * scale.
+// 8 bit: the buffer holds the integers and the channel's scale is applied to the sums. 4 bit: it holds (q - zero) *
+// scale.
 #include "cpu/simd/epilogue.h"
 
 namespace lepton::LEPTON_ISA {
@@ -55,8 +57,7 @@ LEPTON_INLINE void widen(const PackedWeight& weight, int panel, int k0, float* o
     const int group_end = next_group < end ? int(next_group) : end;
     const I32x16 zero = load_i32(meta[group].zero);
     const F32x16 scale = load_f32<Dtype::f32>(meta[group].scale);
-    for (; k < group_end; k += 8, out += 8 * kPanel)
-      widen_u4(data + int64_t(k) * kPanel / 2, zero, scale, out);
+    for (; k < group_end; k += 8, out += 8 * kPanel) widen_u4(data + int64_t(k) * kPanel / 2, zero, scale, out);
   }
 }
 
@@ -116,9 +117,12 @@ void convert_rows(const ToF32Args& args) {
 
 void to_f32_rows(const ToF32Args& args) {
   switch (args.dtype) {
-    case Dtype::f32: return convert_rows<Dtype::f32>(args);
-    case Dtype::bf16: return convert_rows<Dtype::bf16>(args);
-    case Dtype::f16: return convert_rows<Dtype::f16>(args);
+    case Dtype::f32:
+      return convert_rows<Dtype::f32>(args);
+    case Dtype::bf16:
+      return convert_rows<Dtype::bf16>(args);
+    case Dtype::f16:
+      return convert_rows<Dtype::f16>(args);
   }
 }
 

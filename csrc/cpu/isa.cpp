@@ -12,7 +12,8 @@ constexpr const char* kNames[kIsaCount] = {"generic", "ssse3", "avx2", "avx512vn
 
 Isa detect() {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports looks at CPUID and at XCR0, so a level whose registers the system does not save is not chosen.
+  // __builtin_cpu_supports looks at CPUID and at XCR0, so a level whose registers the system does not save is not
+  // chosen.
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("ssse3") || !__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt"))
     return Isa::generic;

@@ -15,24 +15,41 @@
 #define LEPTON_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
-#define LEPTON_KERNEL(name, Function)                        \
-  namespace generic { Function name; }                       \
-  namespace ssse3 { Function name; }                         \
-  namespace avx2 { Function name; }                          \
-  namespace avx512vnni { Function name; }                    \
-  namespace avx512vbmi2 { Function name; }                   \
-  static inline Function* select_##name(Isa isa) {           \
-    switch (isa) {                                           \
-      case Isa::generic: return generic::name;               \
-      case Isa::ssse3: return ssse3::name;                   \
-      case Isa::avx2: return avx2::name;                     \
-      case Isa::avx512vnni: return avx512vnni::name;         \
-      case Isa::avx512vbmi2: return avx512vbmi2::name;       \
-    }                                                        \
-    return generic::name;                                    \
+#define LEPTON_KERNEL(name, Function)              \
+  namespace generic {                              \
+  Function name;                                   \
+  }                                                \
+  namespace ssse3 {                                \
+  Function name;                                   \
+  }                                                \
+  namespace avx2 {                                 \
+  Function name;                                   \
+  }                                                \
+  namespace avx512vnni {                           \
+  Function name;                                   \
+  }                                                \
+  namespace avx512vbmi2 {                          \
+  Function name;                                   \
+  }                                                \
+  static inline Function* select_##name(Isa isa) { \
+    switch (isa) {                                 \
+      case Isa::generic:                           \
+        return generic::name;                      \
+      case Isa::ssse3:                             \
+        return ssse3::name;                        \
+      case Isa::avx2:                              \
+        return avx2::name;                         \
+      case Isa::avx512vnni:                        \
+        return avx512vnni::name;                   \
+      case Isa::avx512vbmi2:                       \
+        return avx512vbmi2::name;                  \
+    }                                              \
+    return generic::name;                          \
   }
 #else
-#define LEPTON_KERNEL(name, Function)                        \
-  namespace generic { Function name; }                       \
+#define LEPTON_KERNEL(name, Function) \
+  namespace generic {                 \
+  Function name;                      \
+  }                                   \
   static inline Function* select_##name(Isa) { return generic::name; }
 #endif

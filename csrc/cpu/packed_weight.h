@@ -4,7 +4,8 @@
 //
 //   8 bit   data    int8   [panels][k4 / 4][16][4]          k4 = k rounded up to 4; zero-padded
 //           meta    {scale f32 [16], column_sum i32 [16]}   one a panel
-//   4 bit   data    uint8  [panels][k16 / 16][2][16][4]     k16 = k rounded up to 16. Byte [b][j][c][i] holds k = 16 b + 8 j + i
+//   4 bit   data    uint8  [panels][k16 / 16][2][16][4]     k16 = k rounded up to 16. Byte [b][j][c][i] holds k = 16 b
+//   + 8 j + i
 //                                                           in its low nibble and k + 4 in its high one, as 0..15
 //           meta    {scale f32 [16], zero i32 [16], column_sum i32 [16]}   one a panel and group; zero in 0..15,
 //                                                           column_sum = sum over the group of (nibble - zero)
@@ -14,8 +15,8 @@
 
 namespace lepton {
 
-constexpr int kPanel = 16;       // columns in a panel
-constexpr int kQuad = 4;         // consecutive k in one int32 lane
+constexpr int kPanel = 16;        // columns in a panel
+constexpr int kQuad = 4;          // consecutive k in one int32 lane
 constexpr int kNibbleBlock = 16;  // consecutive k in two 64-byte vectors of nibbles; group sizes are multiples of it
 
 // 255 * 128 * k must stay below 2^31.

@@ -28,10 +28,10 @@ struct QuantizeRowsArgs {
   int64_t x_stride;
   int rows, k;
   QuantizedLayout layout;
-  uint8_t* q;        // rows q_stride bytes apart, with room for k rounded up to 16 values; the values past k are 0
+  uint8_t* q;  // rows q_stride bytes apart, with room for k rounded up to 16 values; the values past k are 0
   int64_t q_stride;
-  float* scale;      // [rows]
-  int32_t* zero;     // [rows]
+  float* scale;        // [rows]
+  int32_t* zero;       // [rows]
   int32_t* group_sum;  // [rows, groups] sums of q over each group of k, or null
   int group;
 };

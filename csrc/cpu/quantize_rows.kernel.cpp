@@ -1,5 +1,6 @@
 // quantize_rows.kernel.cpp - two passes over a row while it is in the first-level cache: range, then rounding.
 #include "cpu/quantize_rows.h"
+
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -102,9 +103,12 @@ void quantize(const QuantizeRowsArgs& args) {
 template <QuantizedLayout layout>
 LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
   switch (args.dtype) {
-    case Dtype::f32: return quantize<Dtype::f32, layout>(args);
-    case Dtype::bf16: return quantize<Dtype::bf16, layout>(args);
-    case Dtype::f16: return quantize<Dtype::f16, layout>(args);
+    case Dtype::f32:
+      return quantize<Dtype::f32, layout>(args);
+    case Dtype::bf16:
+      return quantize<Dtype::bf16, layout>(args);
+    case Dtype::f16:
+      return quantize<Dtype::f16, layout>(args);
   }
 }
 

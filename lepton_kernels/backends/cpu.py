@@ -4,7 +4,7 @@ The tiled layout that a kernel reads is made from the saved layout on first use 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Entry(NamedTuple):
 
 
 # The key holds a storage's address; the entry's weak reference keeps that address from being given to another storage.
-_cache: dict[tuple[int, ...], _Entry] = {}
+_cache: dict[tuple[Any, ...], _Entry] = {}
 
 
 def version(tensor: Tensor) -> int:
@@ -40,11 +40,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _key(tensors: tuple[Tensor, ...], k: int) -> tuple[int, ...]:
+def _key(tensors: tuple[Tensor, ...], k: int) -> tuple[Any, ...]:
     return (k, *(value for t in tensors for value in (t.untyped_storage()._cdata, t.storage_offset())))
 
 
-def _lookup(key: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Packed | None:
+def _lookup(key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Packed | None:
     entry = _cache.get(key)
     if entry is None:
         return None
@@ -55,7 +55,7 @@ def _lookup(key: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Packed | None:
     return entry.packed
 
 
-def _remember(key: tuple[int, ...], tensors: tuple[Tensor, ...], packed: Packed) -> None:
+def _remember(key: tuple[Any, ...], tensors: tuple[Tensor, ...], packed: Packed) -> None:
     for old in [old for old, entry in _cache.items() if any(storage.expired() for storage, _ in entry.sources)]:
         del _cache[old]
     sources = tuple((StorageWeakRef(t.untyped_storage()), version(t)) for t in tensors)

@@ -20,8 +20,8 @@ struct I32x16 {
   __m256i half[2];
 };
 
-#define LEPTON_HALVES(V, expression)                   \
-  V out;                                               \
+#define LEPTON_HALVES(V, expression)                    \
+  V out;                                                \
   for (int h = 0; h < 2; ++h) out.half[h] = expression; \
   return out
 
@@ -79,11 +79,17 @@ LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_min_
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_max_epi32(a.half[h], b.half[h])); }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_and_si256(a.half[h], b.half[h])); }
 template <int n>
-LEPTON_INLINE I32x16 shift_left(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_slli_epi32(a.half[h], n)); }
+LEPTON_INLINE I32x16 shift_left(I32x16 a) {
+  LEPTON_HALVES(I32x16, _mm256_slli_epi32(a.half[h], n));
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_srli_epi32(a.half[h], n)); }
+LEPTON_INLINE I32x16 shift_right(I32x16 a) {
+  LEPTON_HALVES(I32x16, _mm256_srli_epi32(a.half[h], n));
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) { LEPTON_HALVES(I32x16, _mm256_srai_epi32(a.half[h], n)); }
+LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
+  LEPTON_HALVES(I32x16, _mm256_srai_epi32(a.half[h], n));
+}
 #undef LEPTON_HALVES
 
 LEPTON_INLINE __m256i pack_u16(I32x16 v) {

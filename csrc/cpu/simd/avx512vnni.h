@@ -6,7 +6,7 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kQuadBytes = 4;  // vpdpbusd takes the four bytes as they are
+constexpr int kQuadBytes = 4;                  // vpdpbusd takes the four bytes as they are
 constexpr int kInt8Rows = 6, kInt8Panels = 4;  // 24 sums + 4 weights of 32 registers
 constexpr int kInt4Rows = 6, kInt4Panels = 2;  // 12 sums + 8 weights
 constexpr int kFloatRows = 12;
@@ -61,11 +61,17 @@ LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { return {_mm512_min_epi32(a.v, b.v
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int n>
-LEPTON_INLINE I32x16 shift_left(I32x16 a) { return {_mm512_slli_epi32(a.v, n)}; }
+LEPTON_INLINE I32x16 shift_left(I32x16 a) {
+  return {_mm512_slli_epi32(a.v, n)};
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right(I32x16 a) { return {_mm512_srli_epi32(a.v, n)}; }
+LEPTON_INLINE I32x16 shift_right(I32x16 a) {
+  return {_mm512_srli_epi32(a.v, n)};
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) { return {_mm512_srai_epi32(a.v, n)}; }
+LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
+  return {_mm512_srai_epi32(a.v, n)};
+}
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));

@@ -29,9 +29,12 @@ LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16
   const int n0 = panel * kPanel, count = tile.weight.n - n0;
   char* y = static_cast<char*>(tile.y) + (row * tile.y_stride + n0) * dtype_bytes(tile.y_dtype);
   switch (tile.y_dtype) {
-    case Dtype::f32: return store_columns<Dtype::f32>(y, count, v);
-    case Dtype::bf16: return store_columns<Dtype::bf16>(y, count, v);
-    case Dtype::f16: return store_columns<Dtype::f16>(y, count, v);
+    case Dtype::f32:
+      return store_columns<Dtype::f32>(y, count, v);
+    case Dtype::bf16:
+      return store_columns<Dtype::bf16>(y, count, v);
+    case Dtype::f16:
+      return store_columns<Dtype::f16>(y, count, v);
   }
 }
 

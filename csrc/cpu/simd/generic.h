@@ -16,8 +16,8 @@ struct I32x16 {
   int32_t lane[16];
 };
 
-#define LEPTON_LANES(V, expression)         \
-  V out;                                    \
+#define LEPTON_LANES(V, expression)                      \
+  V out;                                                 \
   for (int i = 0; i < 16; ++i) out.lane[i] = expression; \
   return out
 
@@ -104,11 +104,17 @@ LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] < 
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] & b.lane[i]); }
 template <int n>
-LEPTON_INLINE I32x16 shift_left(I32x16 a) { LEPTON_LANES(I32x16, int32_t(uint32_t(a.lane[i]) << n)); }
+LEPTON_INLINE I32x16 shift_left(I32x16 a) {
+  LEPTON_LANES(I32x16, int32_t(uint32_t(a.lane[i]) << n));
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right(I32x16 a) { LEPTON_LANES(I32x16, int32_t(uint32_t(a.lane[i]) >> n)); }
+LEPTON_INLINE I32x16 shift_right(I32x16 a) {
+  LEPTON_LANES(I32x16, int32_t(uint32_t(a.lane[i]) >> n));
+}
 template <int n>
-LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) { LEPTON_LANES(I32x16, a.lane[i] >> n); }
+LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
+  LEPTON_LANES(I32x16, a.lane[i] >> n);
+}
 #undef LEPTON_LANES
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {

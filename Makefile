@@ -1,0 +1,62 @@
+# Every target sets itself up: .venv holds the pinned packages (constraints.txt) and an editable build of this tree.
+# Variables: PYTHON (the interpreter to build .venv from), CUDA (AUTO, ON or OFF: compile csrc/cuda into the module),
+# ARGS (more arguments for the program that the target runs).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help venv test lint format wheel clean
+
+PYTHON ?= python3
+CUDA ?= AUTO
+WERROR ?= $(if $(CI),ON,OFF)
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+PINNED := --constraint constraints.txt
+EXTRAS := ai,gpu,dev
+NATIVE := CMakeLists.txt $(shell find cmake csrc -type f)
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'bench/*.cpp')
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+test: .venv/.native ## All tests
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/.deps ## ruff, mypy, clang-format: report
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/.deps ## ruff, clang-format: mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: .venv/.deps ## dist/*.whl and dist/*.tar.gz
+	rm -rf dist
+	$(PIP) wheel . --no-deps --wheel-dir dist
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("dist")'
+	ls -l dist
+
+clean: ## Remove everything that make made
+	rm -rf .venv build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+
+venv: .venv/.native ## Only the set-up
+
+# torch first and pinned: no later package may then choose another build of it.
+.venv/.deps: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(PINNED) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install $(PINNED) pybind11 scikit-build-core ninja $(if $(shell command -v cmake),,cmake)
+	$(BIN)/python .ci/extras $(EXTRAS) | xargs -d '\n' $(PIP) install $(PINNED)
+	touch $@
+
+.venv/.native: .venv/.deps $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --editable . \
+	  --config-settings=cmake.define.LEPTON_CUDA=$(CUDA) --config-settings=cmake.define.LEPTON_WERROR=$(WERROR)
+	touch $@

@@ -1,0 +1,163 @@
+"""The torch operators: schema, argument checks, output shape, gradient. `torch.ops.lepton.gemm_int8` and `gemm_int4`.
+
+Defined by torch.library's define/impl, so torch.compile, torch.export and autograd see through them; the checks run
+once, here, and the backends trust them.
+"""
+
+import torch
+from torch import Tensor
+
+from lepton_kernels import reference
+from lepton_kernels.backends import cpu
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("lepton", "DEF")
+_library.define(
+    "gemm_int8(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, bool quantize_activations) -> Tensor"
+)
+_library.define(
+    "gemm_int4(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int group_size, bool quantize_activations) -> Tensor"
+)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def check_input(x: Tensor, k: int) -> None:
+    """x must be [..., k] in a float dtype, on the CPU or with a backend of its own."""
+    _check(x.dtype in FLOAT_DTYPES, f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16")
+    _check(
+        x.dim() >= 1 and x.shape[-1] == k,
+        f"x has shape {tuple(x.shape)}; allowed: [..., {k}] (in_features of this layer)",
+    )
+
+
+def _check_bias(bias: Tensor | None, n: int) -> None:
+    _check(
+        bias is None or tuple(bias.shape) == (n,),
+        f"bias has shape {bias is not None and tuple(bias.shape)}; allowed: ({n},)",
+    )
+
+
+def check_int8(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """weight_packed int8 [n, k], weight_scale [n, 1], bias [n] or None."""
+    _check(
+        weight_packed.dim() == 2 and weight_packed.dtype is torch.int8,
+        f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int8 [n, k]",
+    )
+    n, k = weight_packed.shape
+    check_input(x, k)
+    _check(
+        tuple(weight_scale.shape) == (n, 1), f"weight_scale has shape {tuple(weight_scale.shape)}; allowed: ({n}, 1)"
+    )
+    _check_bias(bias, n)
+
+
+def check_int4(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> None:
+    """weight_packed int32 [n, ceil(k / 8)], weight_scale [n, groups], weight_zero_point int8 [n, groups] or None."""
+    _check(
+        weight_packed.dim() == 2 and weight_packed.dtype is torch.int32,
+        f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int32 [n, ceil(k / 8)]",
+    )
+    _check(
+        group_size == -1 or (group_size > 0 and group_size % 16 == 0),
+        f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row",
+    )
+    n, words = weight_packed.shape
+    check_input(x, x.shape[-1])
+    k = x.shape[-1]
+    _check(
+        -(-k // 8) == words,
+        f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}",
+    )
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
+        _check(
+            tensor is None or tuple(tensor.shape) == (n, groups),
+            f"{name} has shape {tensor is not None and tuple(tensor.shape)}; allowed: ({n}, {groups})",
+        )
+    _check_bias(bias, n)
+
+
+def _gemm_int8_cpu(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+) -> Tensor:
+    check_int8(x, weight_packed, weight_scale, bias)
+    return cpu.gemm_int8(x, weight_packed, weight_scale, bias, quantize_activations)
+
+
+def _gemm_int4_cpu(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    quantize_activations: bool,
+) -> Tensor:
+    check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
+    return cpu.gemm_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations)
+
+
+_library.impl("gemm_int8", _gemm_int8_cpu, "CPU")
+_library.impl("gemm_int4", _gemm_int4_cpu, "CPU")
+
+
+@torch.library.register_fake("lepton::gemm_int8")
+def _gemm_int8_fake(x, weight_packed, weight_scale, bias, quantize_activations):  # type: ignore[no-untyped-def]
+    check_int8(x, weight_packed, weight_scale, bias)
+    return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+
+
+@torch.library.register_fake("lepton::gemm_int4")
+def _gemm_int4_fake(x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations):  # type: ignore[no-untyped-def]
+    check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
+    return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+
+
+# The gradient to the input is that of the dequantized layer (activation quantization counts as the identity).
+def _int8_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight_packed, weight_scale, bias, _ = inputs
+    ctx.save_for_backward(weight_packed, weight_scale)
+    ctx.x_dtype, ctx.has_bias = x.dtype, bias is not None
+
+
+def _grads(ctx, grad: Tensor, weight: Tensor, bias_index: int) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
+    grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[bias_index] else None
+    return (grad.to(torch.float32) @ weight).to(ctx.x_dtype), grad_bias
+
+
+def _int8_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x, grad_bias = _grads(ctx, grad, reference.dequantize_int8(*ctx.saved_tensors), 3)
+    return grad_x, None, None, grad_bias, None
+
+
+def _int4_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight_packed, weight_scale, weight_zero_point, _, group_size, _ = inputs
+    ctx.save_for_backward(weight_packed, weight_scale, weight_zero_point)
+    ctx.x_dtype, ctx.k, ctx.group_size = x.dtype, x.shape[-1], group_size
+
+
+def _int4_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    packed, scale, zero_point = ctx.saved_tensors
+    weight = reference.dequantize_int4(packed, scale, zero_point, ctx.k, ctx.group_size)
+    grad_x, grad_bias = _grads(ctx, grad, weight, 4)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd("lepton::gemm_int8", _int8_backward, setup_context=_int8_setup)
+torch.library.register_autograd("lepton::gemm_int4", _int4_backward, setup_context=_int4_setup)
+
+gemm_int8 = torch.ops.lepton.gemm_int8.default
+gemm_int4 = torch.ops.lepton.gemm_int4.default

@@ -1,0 +1,6 @@
+"""Drop-in torch modules on native kernels."""
+
+from lepton_kernels.nn.quant_embedding import QuantEmbedding
+from lepton_kernels.nn.quant_linear import QuantLinear
+
+__all__ = ["QuantEmbedding", "QuantLinear"]

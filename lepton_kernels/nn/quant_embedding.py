@@ -1,0 +1,65 @@
+"""QuantEmbedding: nn.Embedding with int8 rows and a scale a row: Y[..., dim] = weight_packed[i] * weight_scale[i]."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lepton_kernels.quantizers import quantize_weight
+from lepton_kernels.scheme import QuantScheme
+
+
+class QuantEmbedding(nn.Module):
+    """A drop-in for nn.Embedding without max_norm; the output has dtype `dtype`."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.dtype = padding_idx, dtype
+        packed = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", torch.zeros(num_embeddings, 1, device=device))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> "QuantEmbedding":
+        """The quantized copy of an Embedding. Raises ValueError when it renormalizes its rows (max_norm)."""
+        if embedding.max_norm is not None:
+            raise ValueError(f"QuantEmbedding: max_norm is {embedding.max_norm}; allowed: None")
+        weight = embedding.weight.detach()
+        layer = cls(weight.shape[0], weight.shape[1], embedding.padding_idx, weight.dtype, weight.device)
+        layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(8))
+        return layer.train(embedding.training)
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = functional.embedding(index, self.weight_packed).to(torch.float32)
+        return (rows * functional.embedding(index, self.weight_scale)).to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized table, made anew at every access."""
+        return (self.weight_packed.to(torch.float32) * self.weight_scale).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantEmbedding":
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device))
+        self.dtype = probe.dtype  # the output follows .to(dtype); the stored tensors keep theirs
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self

@@ -1,0 +1,147 @@
+"""QuantLinear: torch.nn.Linear with int8 or int4 weights on native kernels.
+
+Y[..., out_features] = X[..., in_features] @ dequantize(W)^T + bias, in X's dtype. Buffers are in the saved,
+device-neutral layout (docs/formats.md) and keep their dtypes through .to(dtype), .half() and .float().
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lepton_kernels import _ops, reference
+from lepton_kernels.backends import cpu
+from lepton_kernels.quantizers import quantize_weight
+from lepton_kernels.scheme import QuantScheme
+
+
+class QuantLinear(nn.Module):
+    """A drop-in for nn.Linear; see from_linear. Built empty, it waits for load_state_dict."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: str | QuantScheme = "w8a8",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if value < 1:
+                raise ValueError(f"QuantLinear: {name} is {value}; allowed: 1 or more")
+        self.in_features, self.out_features, self.scheme = in_features, out_features, QuantScheme.of(scheme)
+        groups = self.scheme.groups(in_features)
+        eight = self.scheme.weight_bits == 8
+        packed_shape = (out_features, in_features if eight else -(-in_features // 8))
+        self.register_buffer(
+            "weight_packed", torch.zeros(packed_shape, dtype=torch.int8 if eight else torch.int32, device=device)
+        )
+        scale_dtype = torch.float32 if eight else torch.bfloat16
+        self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=scale_dtype, device=device))
+        zero = None if self.scheme.symmetric else torch.zeros(out_features, groups, dtype=torch.int8, device=device)
+        self.register_buffer("weight_zero_point", zero)
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self._packed: tuple[Tensor, int, cpu.Packed] | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: str | QuantScheme = "w8a8") -> "QuantLinear":
+        """The quantized copy of a Linear; `linear` is not changed. Raises ValueError on NaN or infinite weights."""
+        scheme = QuantScheme.of(scheme)
+        weight = linear.weight.detach()
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, weight.device)
+        packed, scale, zero = quantize_weight(weight, scheme)
+        layer.weight_packed, layer.weight_scale, layer.weight_zero_point = packed, scale, zero
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().to(torch.float32, copy=True), requires_grad=False)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantize_activations = self.scheme.activation == "int8"
+        if (
+            torch.compiler.is_compiling()
+            or x.device.type != "cpu"
+            or type(x) is not Tensor
+            or (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)))
+        ):
+            return self._forward_op(x, quantize_activations)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        _ops.check_input(x, self.in_features)
+        return cpu.gemm(x, self._tiles(), self.bias, quantize_activations)
+
+    def _forward_op(self, x: Tensor, quantize_activations: bool) -> Tensor:
+        if self.scheme.weight_bits == 8:
+            return _ops.gemm_int8(x, self.weight_packed, self.weight_scale, self.bias, quantize_activations)
+        if x.shape[-1] != self.in_features:
+            _ops.check_input(x, self.in_features)
+        return _ops.gemm_int4(
+            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias,
+            self.scheme.group_size, quantize_activations,
+        )  # fmt: skip
+
+    def _tiles(self) -> cpu.Packed:
+        known = self._packed
+        if known is not None and known[0] is self.weight_packed and known[1] == cpu.version(self.weight_packed):
+            return known[2]
+        if self.weight_packed.is_meta:
+            raise RuntimeError(
+                "QuantLinear: the weights are on the meta device; load a state dict with assign=True first"
+            )
+        if self.scheme.weight_bits == 8:
+            packed = cpu.pack_int8(self.weight_packed, self.weight_scale)
+        else:
+            packed = cpu.pack_int4(
+                self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.scheme.group_size
+            )
+        self._packed = (self.weight_packed, cpu.version(self.weight_packed), packed)
+        return packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, f32 [out_features, in_features], made anew at every access."""
+        if self.scheme.weight_bits == 8:
+            return reference.dequantize_int8(self.weight_packed, self.weight_scale)
+        return reference.dequantize_int4(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.scheme.group_size
+        )
+
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear in float32 with the dequantized weights."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.scheme.group_size}" if self.scheme.weight_bits == 4 else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme.name}{group}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        # Devices move, dtypes stay: .half().float() must give the same bits back.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._packed = None
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)

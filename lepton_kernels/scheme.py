@@ -1,0 +1,63 @@
+"""QuantScheme: how a layer's weights and activations are stored, and the strings that stand for it."""
+
+import re
+from dataclasses import dataclass, replace
+
+GROUP_MULTIPLE = 16  # a group along k is a whole number of the kernels' 16-wide blocks
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What "w8a8", "w4a16" and the like stand for.
+
+    weight_bits: 8 (one scale an output channel) or 4 (one scale a group along in_features).
+    group_size: in_features that share a scale at 4 bits, a multiple of 16; -1 is the whole row. 8 bits: -1.
+    symmetric: False gives every 4-bit group a zero point of its own. 8-bit weights are always symmetric.
+    activation: "int8" (quantized on the fly, a scale and zero point for every row) or "float" (left as they are).
+    """
+
+    weight_bits: int = 8
+    group_size: int = -1
+    symmetric: bool = True
+    activation: str = "int8"
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (4, 8):
+            raise ValueError(f"QuantScheme: weight_bits is {self.weight_bits!r}; allowed: 4, 8")
+        if self.activation not in ("int8", "float"):
+            raise ValueError(f"QuantScheme: activation is {self.activation!r}; allowed: 'int8', 'float'")
+        if self.group_size != -1 and (self.group_size < 1 or self.group_size % GROUP_MULTIPLE):
+            raise ValueError(
+                f"QuantScheme: group_size is {self.group_size}; "
+                f"allowed: a multiple of {GROUP_MULTIPLE}, or -1 (whole row)"
+            )
+        if self.weight_bits == 8 and (self.group_size != -1 or not self.symmetric):
+            raise ValueError(
+                "QuantScheme: 8-bit weights have one symmetric scale a channel; allowed: group_size=-1, symmetric=True"
+            )
+
+    @property
+    def name(self) -> str:
+        """The field's short name: "w8a8", "w8a16", "w4a8" or "w4a16"."""
+        return f"w{self.weight_bits}a{8 if self.activation == 'int8' else 16}"
+
+    def groups(self, in_features: int) -> int:
+        """How many scales a row of in_features weights has."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    @classmethod
+    def of(cls, scheme: "str | QuantScheme", group_size: int | None = None) -> "QuantScheme":
+        """A scheme from a string; 4 bits default to asymmetric groups of 128."""
+        if isinstance(scheme, QuantScheme):
+            return scheme if group_size is None else replace(scheme, group_size=group_size)
+        match = re.fullmatch(r"w([48])a(8|16)", scheme) if isinstance(scheme, str) else None
+        if match is None:
+            raise ValueError(f"scheme is {scheme!r}; allowed: 'w8a8', 'w8a16', 'w4a8', 'w4a16', or a QuantScheme")
+        activation = "int8" if match[2] == "8" else "float"
+        if match[1] == "8":
+            if group_size not in (None, -1):
+                raise ValueError(
+                    f"group_size is {group_size} with {scheme!r}; allowed: None (8 bits have one scale a channel)"
+                )
+            return cls(8, -1, True, activation)
+        return cls(4, 128 if group_size is None else group_size, False, activation)

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ISAS = ["generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2"]
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20260101)
+
+
+@pytest.fixture
+def run_python():
+    """Runs a program in a fresh interpreter, from a folder that is not the root; returns what it printed."""
+
+    def run(code: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**os.environ, **environment}, capture_output=True, text=True, cwd="/", timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,165 @@
+"""gemm_int8 and gemm_int4 on the CPU against reference.py: equal where sums are integers, else bounded."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lepton_kernels import reference
+from lepton_kernels.backends import cpu
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import ISAS
+from shapes import GEMM
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far a float product may be off: k roundings of the sum of magnitudes, and one of the output's type."""
+    magnitude = x.float().abs() @ weight.abs().T + 1
+    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps)
+
+
+def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator):
+    x = torch.randn(m, k, generator=rng).to(dtype)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
+    scale = torch.rand(n, 1, generator=rng) * 0.01 + 1e-3
+    return x, weight, scale, torch.randn(n, generator=rng)
+
+
+def make_int4(m: int, n: int, k: int, group_size: int, symmetric: bool, dtype: torch.dtype, rng: torch.Generator):
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    x = torch.randn(m, k, generator=rng).to(dtype)
+    values = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng)
+    scale = (torch.rand(n, groups, generator=rng) * 0.1 + 1e-3).to(torch.bfloat16)
+    zero = None if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=rng)
+    return x, reference.pack_int4(values), scale, zero, torch.randn(n, generator=rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), GEMM)
+def test_gemm_int8_w8a8_is_exact(m, n, k, dtype, rng):
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+    got = cpu.gemm_int8(x, weight, scale, bias, True)
+    assert got.shape == (m, n)
+    assert got.dtype == dtype
+    if m:
+        assert torch.equal(got, reference.gemm_int8(x, weight, scale, bias, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), GEMM[:3] + GEMM[4:])
+def test_gemm_int8_w8a16_is_close(m, n, k, dtype, rng):
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+    got = cpu.gemm_int8(x, weight, scale, bias, False).float()
+    want = reference.gemm_int8(x, weight, scale, bias, False).float()
+    assert ((got - want).abs() <= float_bound(x, reference.dequantize_int8(weight, scale), dtype)).all()
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("m", "n", "k"), GEMM[:3] + GEMM[4:])
+def test_gemm_int4_w4a8_is_exact_and_w4a16_close(m, n, k, symmetric, group_size, rng):
+    for dtype in DTYPES:
+        x, weight, scale, zero, bias = make_int4(m, n, k, group_size, symmetric, dtype, rng)
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, True)
+        assert torch.equal(got, reference.gemm_int4(x, weight, scale, zero, bias, group_size, True))
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, False).float()
+        want = reference.gemm_int4(x, weight, scale, zero, bias, group_size, False).float()
+        dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
+        assert ((got - want).abs() <= float_bound(x, dense, dtype)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(1, 3),
+    st.sampled_from([1e-4, 1.0, 6e4]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_gemm_int8_is_exact_over_drawn_shapes(m, n, k, dtype, threads, magnitude, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+    x = (x.float() * magnitude).clamp(-6e4, 6e4).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = cpu.gemm_int8(x, weight, scale, bias, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, reference.gemm_int8(x, weight, scale, bias, True))
+
+
+def test_extremes_do_not_saturate():
+    x = torch.full((3, 4096), 5.0)
+    x[:, ::2] = 4.9
+    weight = torch.full((20, 4096), 127, dtype=torch.int8)
+    weight[::2] = -127
+    scale = torch.ones(20, 1)
+    assert torch.equal(cpu.gemm_int8(x, weight, scale, None, True), reference.gemm_int8(x, weight, scale, None, True))
+
+
+def test_rows_with_nan_or_infinity_give_nan_and_no_other_row_does(rng):
+    x, weight, scale, bias = make_int8(9, 20, 50, torch.float32, rng)
+    x[2, 49] = torch.nan
+    x[5, 0] = torch.inf
+    x[6, 17] = -torch.inf
+    got = cpu.gemm_int8(x, weight, scale, bias, True)
+    assert got.isnan().all(1).tolist() == [row in (2, 5, 6) for row in range(9)]
+    assert got.isnan().any(1).tolist() == [row in (2, 5, 6) for row in range(9)]
+
+
+def test_zero_rows_give_the_bias(rng):
+    _, weight, scale, bias = make_int8(2, 20, 50, torch.float32, rng)
+    assert torch.equal(cpu.gemm_int8(torch.zeros(2, 50), weight, scale, bias, True), bias.expand(2, 20))
+
+
+def test_strided_rows_and_leading_dimensions(rng):
+    x, weight, scale, bias = make_int8(24, 20, 50, torch.float32, rng)
+    want = cpu.gemm_int8(x, weight, scale, bias, True)
+    assert torch.equal(cpu.gemm_int8(x.reshape(2, 3, 4, 50), weight, scale, bias, True), want.reshape(2, 3, 4, 20))
+    wide = torch.randn(24, 120, generator=rng)
+    wide[:, 30:80] = x
+    assert torch.equal(cpu.gemm_int8(wide[:, 30:80], weight, scale, bias, True), want)
+    assert torch.equal(cpu.gemm_int8(x.T.contiguous().T, weight, scale, bias, True), want)
+    assert cpu.gemm_int8(torch.empty(2, 0, 50), weight, scale, bias, True).shape == (2, 0, 20)
+
+
+def test_packed_tiles_follow_the_weight(rng):
+    x, weight, scale, bias = make_int8(4, 20, 50, torch.float32, rng)
+    cpu.gemm_int8(x, weight, scale, bias, True)
+    weight.neg_()
+    assert torch.equal(cpu.gemm_int8(x, weight, scale, bias, True), reference.gemm_int8(x, weight, scale, bias, True))
+
+
+LEVELS_PROGRAM = """
+import hashlib, torch
+from lepton_kernels import reference
+from lepton_kernels._runtime import C
+from lepton_kernels.backends import cpu
+rng = torch.Generator().manual_seed(7)
+digest = hashlib.sha256()
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for m, n, k in ((1, 130, 300), (5, 33, 31), (70, 100, 768)):
+            x = torch.randn(m, k, generator=rng.manual_seed(m)).to(dtype)
+            w = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
+            s = torch.rand(n, 1, generator=rng)
+            digest.update(cpu.gemm_int8(x, w, s, s[:, 0], True).float().numpy().tobytes())
+            v = reference.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng))
+            s = torch.rand(n, -(-k // 32), generator=rng).bfloat16()
+            digest.update(cpu.gemm_int4(x, v, s, None, None, 32, True).float().numpy().tobytes())
+    print(C.isa(), digest.hexdigest())
+    digest = hashlib.sha256()
+"""
+
+
+def test_levels_and_threads_agree_to_the_bit(run_python):
+    lines = [line for isa in ISAS for line in run_python(LEVELS_PROGRAM, LEPTON_MAX_ISA=isa).splitlines()]
+    assert len(lines) == 2 * len(ISAS)
+    assert len({line.split()[1] for line in lines}) == 1, lines
+    assert len(lines[0].split()[1]) == 2 * hashlib.sha256().digest_size

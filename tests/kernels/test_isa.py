@@ -1,0 +1,37 @@
+"""The instruction-set levels: the cap, its error, and objects that can not leak instructions into baseline code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import ISAS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_environment_caps_the_level(run_python):
+    program = "from lepton_kernels._runtime import C; print(C.isa(), C.isa_of_machine())"
+    for isa in ISAS:
+        used, machine = run_python(program, LEPTON_MAX_ISA=isa).split()
+        assert ISAS.index(used) == min(ISAS.index(isa), ISAS.index(machine))
+
+
+def test_an_unknown_level_is_an_error_that_lists_the_levels():
+    program = "import lepton_kernels._runtime"
+    environment = {"LEPTON_MAX_ISA": "avx3", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode != 0
+    assert "LEPTON_MAX_ISA is 'avx3'; allowed: generic, ssse3, avx2" in done.stderr
+
+
+def test_kernel_objects_hold_no_weak_symbol():
+    objects = sorted(ROOT.glob("build/cp*/CMakeFiles/*.dir/csrc/**/*.kernel.cpp.o"))
+    if not objects:
+        pytest.skip("no build folder beside the tests")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+        kinds = [line.split()[-2] if len(line.split()) == 2 else line[17] for line in symbols.splitlines()]
+        assert not {"W", "V", "u"} & set(kinds), (path, symbols)
