@@ -1,4 +1,4 @@
-"""quantize_, QuantLinear and QuantEmbedding as torch modules: saving, moving, copying, compiling, selecting, refusing."""
+"""quantize_, QuantLinear and QuantEmbedding as torch modules: saving, copying, compiling, selecting, refusing."""
 
 import copy
 import io
