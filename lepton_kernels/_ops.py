@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lepton_kernels import reference
-from lepton_kernels.backends import cpu
+from lepton_kernels._backends import cpu
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lepton_kernels.backends import cpu
+from lepton_kernels._backends import cpu
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
 from lepton_kernels.scheme import QuantScheme
 

@@ -195,3 +195,9 @@ def test_one_openmp_runtime_in_either_order(run_python):
     count = "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}))"
     for first, second in ((ours, theirs), (theirs, ours)):
         assert run_python(f"{first}\n{second}\n{count}") == "1\n"
+
+
+def test_backends_names_what_serves_each_scheme():
+    found = lk.backends()
+    assert set(found["cpu"]) == set(SCHEMES)
+    assert all(kernel.endswith(f"[{found['isa']}]") for kernel in found["cpu"].values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lepton_kernels import _ops, reference
-from lepton_kernels.backends import cpu
+from lepton_kernels._backends import cpu
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 

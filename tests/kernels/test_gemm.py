@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_kernels import reference
-from lepton_kernels.backends import cpu
+from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import ISAS
@@ -139,7 +139,7 @@ LEVELS_PROGRAM = """
 import hashlib, torch
 from lepton_kernels import reference
 from lepton_kernels._runtime import C
-from lepton_kernels.backends import cpu
+from lepton_kernels._backends import cpu
 rng = torch.Generator().manual_seed(7)
 digest = hashlib.sha256()
 for threads in (1, 2):
