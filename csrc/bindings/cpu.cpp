@@ -1,5 +1,5 @@
-// cpu.cpp - bindings of csrc/cpu. Addresses come as integers from tensor.data_ptr(); _backends/cpu.py has checked shapes
-// and dtypes, and what can be checked from sizes alone is checked again here.
+// cpu.cpp - bindings of csrc/cpu. Addresses come as integers from tensor.data_ptr(); _backends/cpu.py has checked
+// shapes and dtypes, and what can be checked from sizes alone is checked again here.
 #include <string>
 
 #include "bindings/bindings.h"
