@@ -24,3 +24,34 @@ def gemm(
     quantize_activations: bool,
     threads: int,
 ) -> None: ...
+
+MAX_CHUNK_BYTES: int
+
+def encode_chunks(
+    codec: int,
+    layout: int,
+    src: int,
+    size: int,
+    chunk_size: int,
+    dst: int,
+    slot: int,
+    lengths: int,
+    threads: int,
+) -> None: ...
+def decode_chunks(
+    codec: int,
+    layout: int,
+    frame: int,
+    offsets: int,
+    lengths: int,
+    chunks: int,
+    chunk_size: int,
+    dst: int,
+    size: int,
+    threads: int,
+) -> tuple[int, str] | None: ...
+def count_symbols(layout: int, src: int, size: int, counts: int) -> None: ...
+def lzw_stream_bound(variant: int, size: int) -> int: ...
+def lzw_stream_encode(variant: int, src: int, size: int, dst: int) -> int: ...
+def lzw_stream_size(variant: int, src: int, size: int, limit: int) -> tuple[int, str | None]: ...
+def lzw_stream_decode(variant: int, src: int, size: int, dst: int, decoded: int) -> str | None: ...

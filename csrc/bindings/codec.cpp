@@ -1,8 +1,130 @@
-// codec.cpp - bindings of csrc/codec.
+// codec.cpp - bindings of csrc/codec. lepton_kernels/codec has checked sizes and buffers; what a decoder finds in its
+// input comes back as a text, which Python raises as CorruptDataError.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "bindings/bindings.h"
+#include "codec/huffman.h"
+#include "codec/lzw.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
 
 namespace lepton {
+namespace {
 
-void bind_codec(pybind11::module_&) {}
+enum class Codec : int { huffman = 1, lzw = 2 };  // the frame's codec ids
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool ok, const std::string& message) {
+  if (!ok) throw py::value_error(message);
+}
+
+void check_codec(int codec, int layout) {
+  check(codec == 1 || codec == 2, "codec: id is " + std::to_string(codec) + "; allowed: 1, 2");
+  check(layout >= 0 && layout < kLayoutCount,
+        "codec: layout is " + std::to_string(layout) + "; allowed: 0 to " + std::to_string(kLayoutCount - 1));
+}
+
+// Encodes src[size] in chunks; chunk i goes to dst + i * slot, its length to lengths[i].
+void encode_chunks(int codec, int layout, uintptr_t src, int64_t size, int64_t chunk_size, uintptr_t dst, int64_t slot,
+                   uintptr_t lengths, int threads) {
+  check_codec(codec, layout);
+  check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && slot >= huffman_bound(chunk_size), "codec: chunk_size");
+  py::gil_scoped_release release;
+  const auto chunks = static_cast<int>((size + chunk_size - 1) / chunk_size);
+  parallel_for(chunks, threads, [&](int i) {
+    const uint8_t* const from = at<const uint8_t>(src) + i * chunk_size;
+    uint8_t* const to = at<uint8_t>(dst) + i * slot;
+    const int64_t n = std::min(chunk_size, size - i * chunk_size);
+    at<int64_t>(lengths)[i] = static_cast<Codec>(codec) == Codec::huffman
+                                  ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
+                                  : lzw_encode_chunk(from, n, to);
+  });
+}
+
+// Decodes `chunks` chunks, chunk i from frame + offsets[i], lengths[i] bytes of it, to dst + i * chunk_size; size bytes
+// in all. Returns the first bad chunk and what is wrong with it, or None.
+std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, uintptr_t frame, uintptr_t offsets,
+                                                         uintptr_t lengths, int chunks, int64_t chunk_size,
+                                                         uintptr_t dst, int64_t size, int threads) {
+  check_codec(codec, layout);
+  check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && chunks == (size + chunk_size - 1) / chunk_size,
+        "codec: chunks");
+  std::vector<Status> status(static_cast<size_t>(chunks));
+  {
+    py::gil_scoped_release release;
+    parallel_for(chunks, threads, [&](int i) {
+      const uint8_t* const payload = at<const uint8_t>(frame) + at<const int64_t>(offsets)[i];
+      const int64_t length = at<const int64_t>(lengths)[i], n = std::min(chunk_size, size - i * chunk_size);
+      uint8_t* const to = at<uint8_t>(dst) + i * chunk_size;
+      status[i] = static_cast<Codec>(codec) == Codec::huffman
+                      ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n)
+                      : lzw_decode_chunk(payload, length, to, n);
+    });
+  }
+  for (int i = 0; i < chunks; ++i)
+    if (status[i] != Status::ok) return std::pair(i, std::string(status_text(status[i])));
+  return std::nullopt;
+}
+
+// How often each symbol occurs, int64 [planes, 256], added to counts.
+void count_symbols(int layout, uintptr_t src, int64_t size, uintptr_t counts) {
+  check_codec(1, layout);
+  py::gil_scoped_release release;
+  count_planes(at<const uint8_t>(src), size, static_cast<Layout>(layout), at<int64_t>(counts));
+}
+
+LzwVariant variant_of(int variant) {
+  check(variant >= 1 && variant < kLzwVariantCount, "lzw: variant is " + std::to_string(variant));
+  return static_cast<LzwVariant>(variant);
+}
+
+int64_t lzw_stream_bound(int variant, int64_t size) { return lzw_bound(size, variant_of(variant)); }
+
+int64_t lzw_stream_encode(int variant, uintptr_t src, int64_t size, uintptr_t dst) {
+  const LzwVariant which = variant_of(variant);
+  py::gil_scoped_release release;
+  return lzw_encode(at<const uint8_t>(src), size, which, at<uint8_t>(dst));
+}
+
+// The decoded size, or what is wrong with the stream.
+std::pair<int64_t, std::optional<std::string>> lzw_stream_size(int variant, uintptr_t src, int64_t size,
+                                                               int64_t limit) {
+  int64_t decoded = 0;
+  const Status status = lzw_decoded_size(at<const uint8_t>(src), size, variant_of(variant), limit, &decoded);
+  if (status != Status::ok) return {0, status_text(status)};
+  return {decoded, std::nullopt};
+}
+
+std::optional<std::string> lzw_stream_decode(int variant, uintptr_t src, int64_t size, uintptr_t dst, int64_t decoded) {
+  const LzwVariant which = variant_of(variant);
+  py::gil_scoped_release release;
+  const Status status = lzw_decode(at<const uint8_t>(src), size, which, at<uint8_t>(dst), decoded);
+  if (status == Status::ok) return std::nullopt;
+  return status_text(status);
+}
+
+}  // namespace
+
+void bind_codec(py::module_& module) {
+  module.attr("MAX_CHUNK_BYTES") = kMaxChunkBytes;
+  module.def("encode_chunks", &encode_chunks);
+  module.def("decode_chunks", &decode_chunks);
+  module.def("count_symbols", &count_symbols);
+  module.def("lzw_stream_bound", &lzw_stream_bound);
+  module.def("lzw_stream_encode", &lzw_stream_encode);
+  module.def("lzw_stream_size", &lzw_stream_size);
+  module.def("lzw_stream_decode", &lzw_stream_decode);
+}
 
 }  // namespace lepton

@@ -1,0 +1,245 @@
+// huffman.cpp - see huffman.h.
+//
+// A coded chunk:
+//
+//   uint8   block_log2, 12 to 20 (0 in its place: the rest of the payload is the chunk, stored)
+//   planes x (uint8 mode, uint32 size)     mode 0: raw, 1: tree
+//   planes x size bytes                    raw: the plane; tree: table (huffman_code.h), then blocks of 2^block_log2
+//                                          symbols, the last one shorter
+#include "codec/huffman.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "codec/huffman_block.h"
+#include "codec/huffman_code.h"
+
+namespace lepton {
+namespace {
+
+constexpr int kStored = 0;
+constexpr int kMinBlockLog2 = 12, kMaxBlockLog2 = 20;
+// Larger blocks waste less padding (half a byte a node and block), smaller ones stay in the second-level cache.
+constexpr int kBlockLog2 = 16;
+constexpr int64_t kBlock = int64_t{1} << kBlockLog2;
+constexpr uint8_t kPlaneRaw = 0, kPlaneTree = 1;
+constexpr int kPlaneHeader = 5;
+
+// Coding must save one byte in 32, else the data is left as it is, which decodes at the speed of a copy.
+constexpr bool pays(int64_t coded, int64_t raw) { return coded <= raw - raw / 32; }
+
+uint32_t load32(const uint8_t* p) { return p[0] | p[1] << 8 | p[2] << 16 | static_cast<uint32_t>(p[3]) << 24; }
+
+void store32(uint8_t* p, uint32_t value) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(value >> 8 * i);
+}
+
+// Buffers that live as long as the thread: allocating them for every chunk would cost more than decoding it.
+uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
+  return buffer.data();
+}
+thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer;
+
+// counts[256] of symbols[n]; four tables, so that equal neighbours do not wait for each other's store.
+void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
+  uint32_t table[4][256] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int t = 0; t < 4; ++t) ++table[t][symbols[i + t]];
+  for (; i < n; ++i) ++table[0][symbols[i]];
+  for (int s = 0; s < 256; ++s) counts[s] = table[0][s] + table[1][s] + table[2][s] + table[3][s];
+}
+
+// One plane of a chunk on its way into the payload.
+struct PlanePlan {
+  HuffmanCode code;
+  std::vector<std::array<uint32_t, 256>> block_counts;  // by symbol
+  uint8_t mode = kPlaneRaw;
+  int64_t size = 0;
+};
+
+// rank_begin[leaf_count + 1] of one block (huffman_block.h).
+void ranks_of(const HuffmanCode& code, const std::array<uint32_t, 256>& counts, uint32_t* rank_begin) {
+  uint32_t sum = 0;
+  for (int rank = 0; rank < code.leaf_count; ++rank) {
+    rank_begin[rank] = sum;
+    sum += counts[code.symbols[rank]];
+  }
+  rank_begin[code.leaf_count] = sum;
+}
+
+void plan_plane(const uint8_t* plane, int64_t n, bool may_be_raw, PlanePlan* plan) {
+  std::array<uint32_t, 256> total{};
+  for (int64_t start = 0; start < n; start += kBlock) {
+    auto& counts = plan->block_counts.emplace_back();
+    count_symbols(plane + start, std::min(kBlock, n - start), counts.data());
+    for (int s = 0; s < 256; ++s) total[s] += counts[s];
+  }
+  build_code(total.data(), &plan->code);
+  int64_t coded = table_bytes(plan->code);
+  uint32_t rank_begin[kMaxLeaves + 1];
+  for (const auto& counts : plan->block_counts) {
+    ranks_of(plan->code, counts, rank_begin);
+    coded += block_bytes(plan->code, rank_begin);
+  }
+  const bool tree = !may_be_raw || pays(coded, n);
+  plan->mode = tree ? kPlaneTree : kPlaneRaw;
+  plan->size = tree ? coded : n;
+}
+
+void encode_plane(const uint8_t* plane, int64_t n, const PlanePlan& plan, uint8_t* out) {
+  if (plan.mode == kPlaneRaw) {
+    std::memcpy(out, plane, static_cast<size_t>(n));
+    return;
+  }
+  const HuffmanCode& code = plan.code;
+  write_table(code, out);
+  out += table_bytes(code);
+  uint8_t rank_of[256] = {};
+  for (int rank = 0; rank < code.leaf_count; ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
+  const int64_t most = std::min(kBlock, n);
+  uint8_t* ranks = scratch(rank_buffer, most + kVectorSlack);
+  EncodeBlockArgs args{&code, nullptr, ranks, 0, out, {nullptr, nullptr}};
+  for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], most + kEncodeSlack);
+  uint32_t rank_begin[kMaxLeaves + 1];
+  args.rank_begin = rank_begin;
+  EncodeBlockFn* const encode_block = select_huffman_encode_block(isa_in_use());
+  for (size_t block = 0; block < plan.block_counts.size(); ++block) {
+    const uint8_t* symbols = plane + static_cast<int64_t>(block) * kBlock;
+    args.n = static_cast<int>(std::min(kBlock, n - static_cast<int64_t>(block) * kBlock));
+    for (int i = 0; i < args.n; ++i) ranks[i] = rank_of[symbols[i]];
+    ranks_of(code, plan.block_counts[block], rank_begin);
+    encode_block(args);
+    args.out += block_bytes(code, rank_begin);
+  }
+}
+
+}  // namespace
+
+int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst) {
+  const int planes = plane_count(layout);
+  const int64_t n = size / element_bytes(layout);
+  uint8_t* plane[kMaxPlanes] = {};
+  for (int p = 0; p < planes; ++p) plane[p] = scratch(plane_buffer[p], n + kVectorSlack);
+  select_split_planes(isa_in_use())(layout, src, n, plane);
+
+  PlanePlan plan[kMaxPlanes];
+  int64_t total = 1 + planes * kPlaneHeader;
+  for (int p = 0; p < planes; ++p) {
+    // A raw plane of nibbles would take a byte for each.
+    plan_plane(plane[p], n, layout != Layout::nibbles, &plan[p]);
+    total += plan[p].size;
+  }
+  if (!pays(total, size)) {
+    dst[0] = kStored;
+    std::memcpy(dst + 1, src, static_cast<size_t>(size));
+    return size + 1;
+  }
+  *dst++ = kBlockLog2;
+  for (int p = 0; p < planes; ++p, dst += kPlaneHeader) {
+    dst[0] = plan[p].mode;
+    store32(dst + 1, static_cast<uint32_t>(plan[p].size));
+  }
+  for (int p = 0; p < planes; ++p) {
+    encode_plane(plane[p], n, plan[p], dst);
+    dst += plan[p].size;
+  }
+  return total;
+}
+
+Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size) {
+  if (payload_size < 1) return Status::truncated;
+  const uint8_t* const end = payload + payload_size;
+  const int block_log2 = *payload++;
+  if (block_log2 == kStored) {
+    if (end - payload < size) return Status::truncated;
+    if (end - payload > size) return Status::trailing;
+    std::memcpy(dst, payload, static_cast<size_t>(size));
+    return Status::ok;
+  }
+  if (block_log2 < kMinBlockLog2 || block_log2 > kMaxBlockLog2) return Status::bad_mode;
+
+  struct Plane {
+    uint8_t mode;
+    const uint8_t *next, *end;
+    HuffmanCode code;
+  };
+  const int planes = plane_count(layout);
+  const int64_t n = size / element_bytes(layout), block = std::min(int64_t{1} << block_log2, n);
+  if (end - payload < planes * kPlaneHeader) return Status::truncated;
+  Plane plane[kMaxPlanes];
+  const uint8_t* body = payload + planes * kPlaneHeader;
+  for (int p = 0; p < planes; ++p, payload += kPlaneHeader) {
+    Plane& self = plane[p];
+    const int64_t bytes = load32(payload + 1);
+    if (end - body < bytes) return Status::truncated;
+    self.mode = payload[0];
+    self.next = body;
+    self.end = body += bytes;
+    if (self.mode == kPlaneTree) {
+      const Status status = read_table(&self.next, self.end, &self.code);
+      if (status != Status::ok) return status;
+      if (layout == Layout::nibbles && std::any_of(self.code.symbols, self.code.symbols + self.code.leaf_count,
+                                                   [](uint8_t symbol) { return symbol > 15; }))
+        return Status::bad_table;
+    } else if (self.mode != kPlaneRaw || layout == Layout::nibbles) {
+      return Status::bad_mode;
+    } else if (bytes != n) {
+      return bytes < n ? Status::truncated : Status::trailing;
+    }
+  }
+  if (body != end) return Status::trailing;
+
+  DecodeBlockFn* const decode_block = select_huffman_decode_block(isa_in_use());
+  JoinPlanesFn* const join = select_join_planes(isa_in_use());
+  DecodeBlockArgs args{};
+  for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], block + kVectorSlack);
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t count = std::min(block, n - start);
+    uint8_t* const out = dst + start * element_bytes(layout);
+    const uint8_t* symbols[kMaxPlanes] = {};
+    for (int p = 0; p < planes; ++p) {
+      Plane& self = plane[p];
+      if (self.mode == kPlaneRaw) {
+        symbols[p] = self.next;
+        self.next += count;
+        continue;
+      }
+      // The next block writes over this one's slack; only the last needs a buffer with slack of its own.
+      const bool in_place = layout == Layout::bytes && start + count + kVectorSlack <= n;
+      args.code = &self.code;
+      args.bits = self.next;
+      args.bits_end = self.end;
+      args.n = static_cast<int>(count);
+      args.out = in_place ? out : scratch(plane_buffer[p], block + kVectorSlack);
+      const int64_t used = decode_block(args);
+      if (used < 0) return static_cast<Status>(-used);
+      self.next += used;
+      symbols[p] = args.out;
+    }
+    if (symbols[0] != out) join(layout, symbols, count, out);
+  }
+  for (int p = 0; p < planes; ++p)
+    if (plane[p].next != plane[p].end) return Status::trailing;
+  return Status::ok;
+}
+
+void count_planes(const uint8_t* src, int64_t size, Layout layout, int64_t* counts) {
+  const int64_t n = size / element_bytes(layout);
+  uint8_t* plane[kMaxPlanes] = {};
+  for (int p = 0; p < plane_count(layout); ++p) plane[p] = scratch(plane_buffer[p], kBlock);
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = std::min(kBlock, n - start);
+    select_split_planes(isa_in_use())(layout, src + start * element_bytes(layout), count, plane);
+    for (int p = 0; p < plane_count(layout); ++p) {
+      uint32_t block[256];
+      count_symbols(plane[p], count, block);
+      for (int s = 0; s < 256; ++s) counts[256 * p + s] += block[s];
+    }
+  }
+}
+
+}  // namespace lepton

@@ -1,0 +1,52 @@
+// huffman_block.h - one block of symbols, coded in tree order.
+//
+// The bits of a Huffman code, stored node by node instead of symbol by symbol: an inner node that n symbols reach
+// stores n bits, bit i of them saying whether the i-th goes to the left (0) or right (1) child, in ceil(n / 8) bytes,
+// lowest bit first, zero-padded. Nodes come depth by depth, from the left. The same number of bits as Huffman's usual
+// order, but no code length to discover: decoding merges the children's symbols under each bitmap, from the deepest
+// level up, 8 to 64 symbols an instruction. (A Huffman-shaped wavelet tree; arXiv 2606.05765, "pivot-coded Huffman".)
+#pragma once
+
+#include <stdint.h>
+
+#include "codec/huffman_code.h"
+#include "cpu/kernel_table.h"
+
+namespace lepton {
+
+constexpr int kVectorSlack = 64;  // kernels read and write up to one vector past the end of a buffer of symbols
+
+struct DecodeBlockArgs {
+  const HuffmanCode* code;
+  const uint8_t *bits, *bits_end;
+  uint8_t* out;       // n symbols, with kVectorSlack
+  int n;              // 1 or more
+  uint8_t* level[2];  // n bytes each, with kVectorSlack
+};
+// Returns how many bytes of `bits` the block took, or -Status.
+using DecodeBlockFn = int64_t(const DecodeBlockArgs& args);
+LEPTON_KERNEL(huffman_decode_block, DecodeBlockFn)
+
+// What each level's arrays need so that two neighbours do not overwrite each other by a vector.
+constexpr int kEncodeSlack = kVectorSlack * kMaxLeaves;
+
+struct EncodeBlockArgs {
+  const HuffmanCode* code;
+  const uint32_t* rank_begin;  // [leaf_count + 1]: how many of the block's symbols have a lower rank
+  const uint8_t* ranks;        // the block's symbols as ranks, n of them, with kVectorSlack
+  int n;
+  uint8_t* out;       // block_bytes of them, no slack
+  uint8_t* level[2];  // n + kEncodeSlack bytes each
+};
+using EncodeBlockFn = void(const EncodeBlockArgs& args);
+LEPTON_KERNEL(huffman_encode_block, EncodeBlockFn)
+
+// The bytes that a block takes.
+inline int64_t block_bytes(const HuffmanCode& code, const uint32_t* rank_begin) {
+  int64_t bytes = 0;
+  for (int node = 0; node + 1 < code.leaf_count; ++node)
+    bytes += (rank_begin[code.end[node]] - rank_begin[code.begin[node]] + 7) / 8;
+  return bytes;
+}
+
+}  // namespace lepton

@@ -1,0 +1,43 @@
+// huffman_code.h - a canonical Huffman code: its construction from counts, its table, and the shape of its tree.
+//
+// Canonical: leaves sorted by depth, then by symbol, fill the tree from the left. At every depth the leaves come first,
+// then the inner nodes, so the number of leaves at each depth gives the whole tree: inner node j of one depth has the
+// nodes 2j and 2j + 1 of the next as children. A leaf's `rank` is its place in that order, which is also the order from
+// left to right, so a subtree is a range of ranks.
+#pragma once
+
+#include <stdint.h>
+
+#include "codec/status.h"
+
+namespace lepton {
+
+// A leaf deeper than this needs Fibonacci counts of more than 2^38 symbols, more than a chunk holds (2^24).
+constexpr int kMaxDepth = 56;
+constexpr int kMaxLeaves = 256;
+
+struct HuffmanCode {
+  int leaf_count;                  // 1 to 256
+  int max_depth;                   // 0 for one leaf
+  uint16_t leaves[kMaxDepth + 1];  // at each depth
+  uint8_t symbols[kMaxLeaves];     // by rank
+
+  // Derived by derive_shape. Inner nodes are numbered depth by depth, from the left: leaf_count - 1 of them.
+  uint16_t first_node[kMaxDepth + 2];  // of each depth; first_node[d + 1] - first_node[d] inner nodes at depth d
+  uint16_t first_leaf[kMaxDepth + 1];  // the rank of each depth's first leaf
+  uint16_t begin[kMaxLeaves];          // a node covers the ranks from begin
+  uint16_t middle[kMaxLeaves];         // ... its right child those from middle
+  uint16_t end[kMaxLeaves];            // ... up to, not including, end
+};
+
+// The code of least total length for counts[256], at least one of them above 0; the sum is at most 2^26.
+void build_code(const uint32_t* counts, HuffmanCode* code);
+
+// The table: a byte kind (0: plain tree; others are reserved, for leaves that hold groups of symbols), leaf_count - 1,
+// max_depth, max_depth little-endian uint16 (leaves at depth 1, 2, ...), the symbols by rank.
+int table_bytes(const HuffmanCode& code);
+void write_table(const HuffmanCode& code, uint8_t* out);
+// Reads a table from [*in, end) and moves *in past it. Refuses every table that write_table would not have written.
+Status read_table(const uint8_t** in, const uint8_t* end, HuffmanCode* code);
+
+}  // namespace lepton

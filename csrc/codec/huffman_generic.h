@@ -1,0 +1,52 @@
+// huffman_generic.h - huffman_simd.h in plain C++.
+#pragma once
+
+namespace lepton::LEPTON_ISA {
+namespace {
+
+LEPTON_INLINE int bit_at(const uint8_t* bits, int i) { return bits[i >> 3] >> (i & 7) & 1; }
+
+LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
+  for (int i = 0; i < n; ++i) {
+    const int bit = bit_at(bits, i);
+    out[i] = bit ? *right : *left;
+    right += bit;
+    left += 1 - bit;
+  }
+}
+
+LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
+  for (int i = 0; i < n; ++i) {
+    const int bit = bit_at(bits, i);
+    out[i] = bit ? *right : symbol;
+    right += bit;
+  }
+}
+
+LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
+  for (int i = 0; i < n; ++i) out[i] = bit_at(bits, i) ? symbol1 : symbol0;
+}
+
+LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
+  int ones = 0;
+  for (int i = 0; i < n / 8; ++i) ones += __builtin_popcount(bits[i]);
+  if (n % 8 != 0) ones += __builtin_popcount(bits[n / 8] & ((1u << n % 8) - 1));
+  return ones;
+}
+
+template <bool keep_left, bool keep_right>
+LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+  for (int i = 0; i < n; i += 8) {
+    unsigned byte = 0;
+    for (int j = i; j < n && j < i + 8; ++j) {
+      const unsigned bit = in[j] >= middle;
+      byte |= bit << (j - i);
+      if constexpr (keep_left) *left = in[j], left += 1 - bit;
+      if constexpr (keep_right) *right = in[j], right += bit;
+    }
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+}  // namespace
+}  // namespace lepton::LEPTON_ISA

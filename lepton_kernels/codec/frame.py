@@ -1,0 +1,240 @@
+"""The chunked, checksummed frame that both codecs write; docs/codec-format.md specifies it byte by byte.
+
+    header   magic "LPTN", version, codec, layout, 0 (4 x uint8), size (uint64), chunk_size, chunks (2 x uint32)
+    check    XXH3-64 of the header and the two tables (uint64)
+    tables   length of each chunk's payload (uint32), XXH3-64 of each payload (uint64)
+    payloads one after the other
+
+Integers are little-endian. Chunks are independent: they are decoded on several threads, or alone.
+"""
+
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lepton_kernels._runtime import C
+
+MAGIC = b"LPTN"
+VERSION = 1
+CODECS = {"huffman": 1, "lzw": 2}
+LAYOUTS = ("bytes", "nibbles", "bf16", "fp16", "fp32")
+ELEMENT_BYTES = (1, 1, 2, 2, 4)
+PLANES = (1, 2, 2, 2, 4)
+DEFAULT_CHUNK_SIZE = 256 * 1024
+MIN_CHUNK_SIZE = 4096
+DEFAULT_MAX_SIZE = 1 << 34  # 16 GiB: what a decoder allocates at most unless told otherwise
+
+_HEADER = struct.Struct("<4sBBBBQII")
+_CHECK = struct.Struct("<Q")
+_TABLES_AT = _HEADER.size + _CHECK.size
+_LAYOUT_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+class CorruptDataError(ValueError):
+    """The bytes are not what an encoder wrote: damaged, cut off, of another kind, or made to do harm."""
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """What a frame's header says. `ratio` is compressed bytes over original bytes."""
+
+    codec: str
+    layout: str
+    size: int
+    compressed_size: int
+    chunk_size: int
+    chunks: int
+
+    @property
+    def ratio(self) -> float:
+        return self.compressed_size / self.size if self.size else 1.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A parsed frame: `lengths` and `offsets` of its chunks' payloads, int64."""
+
+    data: np.ndarray
+    codec: int
+    layout: int
+    size: int
+    chunk_size: int
+    lengths: np.ndarray
+    offsets: np.ndarray
+    checksums: np.ndarray
+
+
+def as_bytes(function: str, argument: str, data: Any) -> tuple[np.ndarray, str]:
+    """The memory of a bytes-like object, numpy array or torch tensor as uint8 [size], and the name of its dtype."""
+    if type(data).__module__.partition(".")[0] == "torch" and hasattr(data, "detach"):
+        torch = sys.modules["torch"]
+        tensor = data.detach().cpu().contiguous()
+        name = str(tensor.dtype).removeprefix("torch.")
+        return tensor.reshape(-1).view(torch.uint8).numpy(), name
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8), data.dtype.name
+    try:
+        view = memoryview(data)
+        return np.frombuffer(view.cast("B") if view.nbytes else b"", dtype=np.uint8), "uint8"
+    except (TypeError, ValueError, BufferError) as error:
+        raise TypeError(
+            f"{function}: {argument} is {type(data).__name__}; allowed: a contiguous bytes-like object, "
+            "a numpy array or a torch tensor"
+        ) from error
+
+
+def _layout(function: str, layout: str, dtype: str, size: int) -> int:
+    if layout == "auto":
+        layout = _LAYOUT_OF_DTYPE.get(dtype, "bytes")
+    if layout not in LAYOUTS:
+        raise ValueError(f"{function}: layout is {layout!r}; allowed: auto, {', '.join(LAYOUTS)}")
+    index = LAYOUTS.index(layout)
+    if size % ELEMENT_BYTES[index]:
+        raise ValueError(
+            f"{function}: layout is {layout!r} and data has {size} bytes; allowed: a multiple of {ELEMENT_BYTES[index]}"
+        )
+    return index
+
+
+def thread_count(function: str, threads: int | None) -> int:
+    """`threads`, or what torch and OpenMP would use."""
+    if threads is None:
+        return C.default_threads()
+    if threads < 1:
+        raise ValueError(f"{function}: threads is {threads}; allowed: 1 or more")
+    return threads
+
+
+def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: int) -> bytes:
+    """The frame of `data`; codec.huffman.encode and codec.lzw.encode say what the arguments mean."""
+    function = f"codec.{codec}.encode"
+    source, dtype = as_bytes(function, "data", data)
+    layout_id = _layout(function, layout, dtype, source.size)
+    if not MIN_CHUNK_SIZE <= chunk_size <= C.MAX_CHUNK_BYTES or chunk_size % MIN_CHUNK_SIZE:
+        raise ValueError(
+            f"{function}: chunk_size is {chunk_size}; "
+            f"allowed: a multiple of {MIN_CHUNK_SIZE} from {MIN_CHUNK_SIZE} to {C.MAX_CHUNK_BYTES}"
+        )
+    chunks = -(-source.size // chunk_size)
+    slot = min(chunk_size, source.size) + 1
+    payloads = np.empty((chunks, slot), dtype=np.uint8)
+    lengths = np.zeros(chunks, dtype=np.int64)
+    if chunks:
+        C.encode_chunks(
+            CODECS[codec], layout_id, source.ctypes.data, source.size, min(chunk_size, source.size),
+            payloads.ctypes.data, slot, lengths.ctypes.data, thread_count(function, threads),
+        )  # fmt: skip
+    parts = [payloads[i, :length] for i, length in enumerate(lengths)]
+    checksums = np.array([xxhash.xxh3_64_intdigest(part) for part in parts], dtype="<u8")
+    header = _HEADER.pack(MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
+    tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
+    check = _CHECK.pack(xxhash.xxh3_64_intdigest(header + tables))
+    return b"".join([header, check, tables, *parts])
+
+
+def parse(function: str, blob: Any) -> Frame:
+    """Reads and checks a frame's header and tables; raises CorruptDataError."""
+    data, _ = as_bytes(function, "blob", blob)
+    if data.size < _TABLES_AT:
+        raise CorruptDataError(f"{function}: blob has {data.size} bytes; a frame has {_TABLES_AT} or more")
+    magic, version, codec, layout, reserved, size, chunk_size, chunks = _HEADER.unpack(data[: _HEADER.size])
+    if magic != MAGIC:
+        raise CorruptDataError(f"{function}: blob starts with {magic!r}; a frame starts with {MAGIC!r}")
+    if version != VERSION:
+        raise CorruptDataError(f"{function}: blob has format version {version}; this version reads {VERSION}")
+    tables_end = _TABLES_AT + 12 * chunks
+    if tables_end > data.size:
+        raise CorruptDataError(f"{function}: blob has {data.size} bytes; its {chunks} chunks' tables need {tables_end}")
+    (check,) = _CHECK.unpack(data[_HEADER.size : _TABLES_AT])
+    digest = xxhash.xxh3_64(data[: _HEADER.size])
+    digest.update(data[_TABLES_AT:tables_end])
+    if digest.intdigest() != check:
+        raise CorruptDataError(f"{function}: the header's checksum does not match")
+    if (
+        codec not in CODECS.values()
+        or layout >= len(LAYOUTS)
+        or reserved
+        or not MIN_CHUNK_SIZE <= chunk_size <= C.MAX_CHUNK_BYTES
+        or chunk_size % MIN_CHUNK_SIZE
+        or size % ELEMENT_BYTES[layout]
+        or chunks != -(-size // chunk_size)
+    ):
+        raise CorruptDataError(f"{function}: the header holds values that no encoder writes")
+    lengths = np.frombuffer(data[_TABLES_AT : _TABLES_AT + 4 * chunks].tobytes(), dtype="<u4").astype(np.int64)
+    checksums = np.frombuffer(data[_TABLES_AT + 4 * chunks : tables_end].tobytes(), dtype="<u8")
+    ends = tables_end + np.cumsum(lengths)
+    if (ends[-1] if chunks else tables_end) != data.size:
+        raise CorruptDataError(f"{function}: blob has {data.size} bytes; its chunks do not fill it exactly")
+    return Frame(data, codec, layout, size, chunk_size, lengths, ends - lengths, checksums)
+
+
+def _output(function: str, out: Any, size: int) -> tuple[Any, np.ndarray]:
+    if out is None:
+        buffer = np.empty(size, dtype=np.uint8)
+        return buffer.data, buffer
+    memory, _ = as_bytes(function, "out", out)
+    if memory.size != size or not memory.flags.writeable:
+        raise ValueError(
+            f"{function}: out has {memory.size} bytes, writeable: {memory.flags.writeable}; allowed: {size}, writeable"
+        )
+    return out, memory
+
+
+def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, threads: int | None, max_size: int) -> Any:
+    """Bytes start..stop of what a frame holds; codec.huffman.decode says what the arguments mean."""
+    function = f"codec.{codec}.decode"
+    frame = parse(function, blob)
+    if frame.codec != CODECS[codec]:
+        raise CorruptDataError(f"{function}: blob was written by codec id {frame.codec}; wanted: {CODECS[codec]}")
+    stop = frame.size if stop is None else stop
+    if not 0 <= start <= stop <= frame.size:
+        raise ValueError(f"{function}: start, stop are {start}, {stop}; allowed: 0 <= start <= stop <= {frame.size}")
+    if stop - start > max_size:
+        raise CorruptDataError(f"{function}: blob says that it holds {stop - start} bytes; max_size is {max_size}")
+    first, last = start // frame.chunk_size, -(-stop // frame.chunk_size) if stop > start else start // frame.chunk_size
+    result, memory = _output(function, out, stop - start)
+    begin, end = first * frame.chunk_size, min(last * frame.chunk_size, frame.size)
+    whole = begin == start and end == stop
+    target = memory if whole else np.empty(max(end - begin, 0), dtype=np.uint8)
+    for i in range(first, last):
+        payload = frame.data[frame.offsets[i] : frame.offsets[i] + frame.lengths[i]]
+        if xxhash.xxh3_64_intdigest(payload) != frame.checksums[i]:
+            raise CorruptDataError(f"{function}: chunk {i}'s checksum does not match")
+    if last > first:
+        lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
+        bad = C.decode_chunks(
+            frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, last - first,
+            frame.chunk_size, target.ctypes.data, target.size, thread_count(function, threads),
+        )  # fmt: skip
+        if bad is not None:
+            raise CorruptDataError(f"{function}: chunk {first + bad[0]}: {bad[1]}")
+    if not whole:
+        memory[:] = target[start - begin : stop - begin]
+    return result if out is not None else bytes(result)
+
+
+def info(blob: Any) -> FrameInfo:
+    """What a frame's header says; raises CorruptDataError when its header or tables are damaged."""
+    frame = parse("codec.info", blob)
+    codec = next(name for name, number in CODECS.items() if number == frame.codec)
+    return FrameInfo(codec, LAYOUTS[frame.layout], frame.size, frame.data.size, frame.chunk_size, len(frame.lengths))
+
+
+def entropy(data: Any, layout: str = "auto") -> float:
+    """Order-0 entropy of `data` in bits per byte: what an ideal code for each symbol of each plane would take.
+
+    layout: as in codec.huffman.encode. Raises ValueError when the data is no whole number of elements.
+    """
+    source, dtype = as_bytes("codec.entropy", "data", data)
+    layout_id = _layout("codec.entropy", layout, dtype, source.size)
+    if not source.size:
+        return 0.0
+    counts = np.zeros((PLANES[layout_id], 256), dtype=np.int64)
+    C.count_symbols(layout_id, source.ctypes.data, source.size, counts.ctypes.data)
+    share = counts / counts.sum(axis=1, keepdims=True)
+    bits = -np.sum(share * np.log2(share, out=np.zeros_like(share), where=share > 0))
+    return float(bits / ELEMENT_BYTES[layout_id])
