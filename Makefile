@@ -6,12 +6,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help venv test lint format wheel clean
+.PHONY: help venv test fuzz lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
 WERROR ?= $(if $(CI),ON,OFF)
 ARGS ?=
+SECONDS ?= 4
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
@@ -25,6 +26,11 @@ help: ## This list
 
 test: .venv/.native ## All tests
 	$(BIN)/pytest $(ARGS)
+
+fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers (SECONDS a level)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz > /dev/null
+	for isa in generic ssse3 avx2 avx512vnni avx512vbmi2; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
 
 lint: .venv/.deps ## ruff, mypy, clang-format: report
 	$(BIN)/ruff check .

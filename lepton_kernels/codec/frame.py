@@ -128,7 +128,7 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
             CODECS[codec], layout_id, source.ctypes.data, source.size, min(chunk_size, source.size),
             payloads.ctypes.data, slot, lengths.ctypes.data, thread_count(function, threads),
         )  # fmt: skip
-    parts = [payloads[i, :length] for i, length in enumerate(lengths)]
+    parts = [payloads[i, :length].data for i, length in enumerate(lengths)]
     checksums = np.array([xxhash.xxh3_64_intdigest(part) for part in parts], dtype="<u8")
     header = _HEADER.pack(MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
@@ -141,7 +141,7 @@ def parse(function: str, blob: Any) -> Frame:
     data, _ = as_bytes(function, "blob", blob)
     if data.size < _TABLES_AT:
         raise CorruptDataError(f"{function}: blob has {data.size} bytes; a frame has {_TABLES_AT} or more")
-    magic, version, codec, layout, reserved, size, chunk_size, chunks = _HEADER.unpack(data[: _HEADER.size])
+    magic, version, codec, layout, reserved, size, chunk_size, chunks = _HEADER.unpack(data[: _HEADER.size].data)
     if magic != MAGIC:
         raise CorruptDataError(f"{function}: blob starts with {magic!r}; a frame starts with {MAGIC!r}")
     if version != VERSION:
@@ -149,9 +149,9 @@ def parse(function: str, blob: Any) -> Frame:
     tables_end = _TABLES_AT + 12 * chunks
     if tables_end > data.size:
         raise CorruptDataError(f"{function}: blob has {data.size} bytes; its {chunks} chunks' tables need {tables_end}")
-    (check,) = _CHECK.unpack(data[_HEADER.size : _TABLES_AT])
-    digest = xxhash.xxh3_64(data[: _HEADER.size])
-    digest.update(data[_TABLES_AT:tables_end])
+    (check,) = _CHECK.unpack(data[_HEADER.size : _TABLES_AT].data)
+    digest = xxhash.xxh3_64(data[: _HEADER.size].data)
+    digest.update(data[_TABLES_AT:tables_end].data)
     if digest.intdigest() != check:
         raise CorruptDataError(f"{function}: the header's checksum does not match")
     if (
@@ -202,7 +202,7 @@ def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, thread
     target = memory if whole else np.empty(max(end - begin, 0), dtype=np.uint8)
     for i in range(first, last):
         payload = frame.data[frame.offsets[i] : frame.offsets[i] + frame.lengths[i]]
-        if xxhash.xxh3_64_intdigest(payload) != frame.checksums[i]:
+        if xxhash.xxh3_64_intdigest(payload.data) != frame.checksums[i]:
             raise CorruptDataError(f"{function}: chunk {i}'s checksum does not match")
     if last > first:
         lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
