@@ -1,29 +1,54 @@
-"""Lepton's kernel library: quantized layers on native kernels. Names load on first use; importing does nothing else."""
+"""Lepton: quantize, prune and entropy-code models, and run them on native kernels. Names load on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_kernels import nn
+    from lepton_kernels import codec, nn
     from lepton_kernels._backends_report import backends
-    from lepton_kernels.quantize import QuantizeReport, quantize_
+    from lepton_kernels.checkpoint import load, save
+    from lepton_kernels.model_file import inspect, verify
+    from lepton_kernels.prune import PruneReport, prune_
+    from lepton_kernels.quantize import QuantizeReport, quantize_, quantize_dynamic
     from lepton_kernels.scheme import QuantScheme
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "PruneReport": "prune",
     "QuantScheme": "scheme",
     "QuantizeReport": "quantize",
     "backends": "_backends_report",
+    "inspect": "model_file",
+    "load": "checkpoint",
+    "prune_": "prune",
     "quantize_": "quantize",
+    "quantize_dynamic": "quantize",
+    "save": "checkpoint",
+    "verify": "model_file",
 }
+_SUBPACKAGES = ("codec", "nn")
 
-__all__ = ["QuantScheme", "QuantizeReport", "backends", "nn", "quantize_"]
+__all__ = [
+    "PruneReport",
+    "QuantScheme",
+    "QuantizeReport",
+    "backends",
+    "codec",
+    "inspect",
+    "load",
+    "nn",
+    "prune_",
+    "quantize_",
+    "quantize_dynamic",
+    "save",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        return importlib.import_module("lepton_kernels.nn")
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lepton_kernels.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"lepton_kernels.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lepton_kernels' has no attribute {name!r}")

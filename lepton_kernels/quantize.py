@@ -1,7 +1,7 @@
 """quantize_: replace a model's layers by quantized ones, in place, and say what was done to each."""
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lepton_kernels._backends import cpu
+from lepton_kernels._progress import progress
+from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
 from lepton_kernels.scheme import QuantScheme
-
-Selector = str | type | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,6 @@ class QuantizeReport:
             )
         lines.append(f"{'total':{width}}  {'':14}  {'':6}  {self.bytes_before:10,}  {self.bytes_after:10,}")
         return "\n".join(lines)
-
-
-def matches(selector: Selector, name: str, module: nn.Module) -> bool:
-    """Whether a name, a glob over names, a type or a callable picks a module."""
-    if isinstance(selector, str):
-        return fnmatch.fnmatchcase(name, selector) or name.endswith("." + selector)
-    if isinstance(selector, type):
-        return isinstance(module, selector)
-    return bool(selector(name, module))
-
-
-def _sites(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """(parent, attribute, full name, module) of every submodule, shared ones at each place."""
-    for prefix, parent in model.named_modules():
-        for attribute, child in parent.named_children():
-            yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
-
-
-def _check_selectors(argument: str, selectors: Sequence[Selector], sites: list[tuple[str, nn.Module]]) -> None:
-    for selector in selectors:
-        if not any(matches(selector, name, module) for name, module in sites):
-            examples = ", ".join(name for name, _ in sites[:5])
-            raise ValueError(
-                f"quantize_: {argument} holds {selector!r}, which matches no layer; layers here: {examples}, ..."
-            )
 
 
 def _reason_to_skip(name: str, module: Any, shared: bool, exclude: Sequence[Selector]) -> str | None:
@@ -126,12 +101,11 @@ def quantize_(
     and, with strict=True, when any layer was skipped (before anything is changed).
     """
     chosen = QuantScheme.of(scheme, group_size)
-    selectors = [include] if isinstance(include, (str, type)) else list(include or [])
-    excluded = [exclude] if isinstance(exclude, (str, type)) else list(exclude)
-    sites = [site for site in _sites(model) if isinstance(site[3], (nn.Linear, nn.Embedding))]
+    selectors, excluded = as_selectors(include), as_selectors(exclude)
+    sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Embedding))]
     named = [(name, module) for _, _, name, module in sites]
-    _check_selectors("include", selectors, named)
-    _check_selectors("exclude", excluded, named)
+    check_selectors("quantize_", "include", selectors, named)
+    check_selectors("quantize_", "exclude", excluded, named)
 
     def wanted(name: str, module: nn.Module) -> bool:
         if selectors:
@@ -158,7 +132,7 @@ def quantize_(
 
     report = QuantizeReport()
     made: dict[int, tuple[nn.Module, nn.Module, float]] = {}
-    for parent, attribute, name, module, reason in plan:
+    for parent, attribute, name, module, reason in progress(plan, "quantizing"):
         shape, before = tuple(module.weight.shape), _bytes(module)
         if reason:
             report.rows.append(LayerRow(name, shape, "", before, before, skipped=reason))
@@ -180,3 +154,28 @@ def quantize_(
             )
     _disable_fused_path(model)
     return report
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: set[type | str] | None = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: dict[type, type] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """torch.ao.quantization.quantize_dynamic's signature on our kernels: a copy of `model` with w8a8 layers.
+
+    qconfig_spec: layer types or names; None is {nn.Linear}. dtype: torch.qint8. mapping: None. inplace: change `model`
+    itself. Raises ValueError for what is not served (nn.LSTM and other recurrent layers, torch.float16, a mapping).
+    """
+    if dtype != torch.qint8:
+        raise ValueError(f"quantize_dynamic: dtype is {dtype}; allowed: torch.qint8")
+    if mapping is not None:
+        raise ValueError(f"quantize_dynamic: mapping is {mapping}; allowed: None")
+    chosen = list(qconfig_spec) if qconfig_spec is not None else [nn.Linear]
+    for item in chosen:
+        if not isinstance(item, str) and item not in (nn.Linear, nn.Embedding):
+            raise ValueError(f"quantize_dynamic: qconfig_spec holds {item!r}; allowed: nn.Linear, nn.Embedding, names")
+    model = model if inplace else copy.deepcopy(model)
+    quantize_(model, "w8a8", include=chosen)
+    return model

@@ -201,3 +201,15 @@ def test_backends_names_what_serves_each_scheme():
     found = lk.backends()
     assert set(found["cpu"]) == set(SCHEMES)
     assert all(kernel.endswith(f"[{found['isa']}]") for kernel in found["cpu"].values())
+
+
+def test_quantize_dynamic_keeps_torchs_signature():
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    x = torch.randn(4, 32)
+    quantized = lk.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert type(model[0]) is nn.Linear
+    assert type(quantized[0]) is lk.nn.QuantLinear
+    assert (quantized(x) - model(x)).norm() / model(x).norm() < 0.05
+    assert lk.quantize_dynamic(model, inplace=True) is model
+    with pytest.raises(ValueError, match=r"qconfig_spec holds .*LSTM.*; allowed: nn.Linear, nn.Embedding, names"):
+        lk.quantize_dynamic(model, {nn.LSTM})

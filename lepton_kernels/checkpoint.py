@@ -1,0 +1,173 @@
+"""save and load: a model or a state dict as one model file (model_file.py), tensor by tensor."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lepton_kernels import model_file
+from lepton_kernels._progress import progress
+from lepton_kernels.nn import QuantEmbedding, QuantLinear
+from lepton_kernels.scheme import QuantScheme
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
+    "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LAYERS_KEY, _TIED_KEY = "lepton.layers", "lepton.tied"
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """What each quantized module is, by name, so that load can build it without the weights."""
+    out: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None}
+        elif isinstance(module, QuantEmbedding):
+            dtype = _NAMES[module.dtype]
+            out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
+    return out
+
+
+def save(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    codec: str = "huffman",
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model, or a state dict, as one safetensors file, lossless and atomic.
+
+    codec: "huffman", "lzw" or "none"; tensors that would shrink by less than 3 % stay as they are. Tied tensors are
+    stored once. metadata: more texts for the header. Any safetensors reader opens the file; coded tensors look like U8
+    to it. Raises ValueError for an unknown codec or dtype, for meta tensors and for a reserved metadata name, OSError
+    when writing fails; a file that was there before is then still there.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    texts = {"format": "pt", **(metadata or {})}
+    for name in texts:
+        if name.startswith("lepton."):
+            raise ValueError(f"save: metadata holds {name!r}; allowed: names that do not start with 'lepton.'")
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    pending = []
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"save: {name} is {type(tensor).__name__}; allowed: tensors")
+        if tensor.is_meta or tensor.dtype not in _NAMES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NAMES)
+            raise ValueError(f"save: {name} is {tensor.dtype} on {tensor.device}; allowed: {allowed}, not on meta")
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+            continue
+        first[key] = name
+        pending.append(model_file.Pending(name, _NAMES[tensor.dtype], tuple(tensor.shape), partial(_bytes_of, tensor)))
+    if isinstance(model, nn.Module):
+        texts[_LAYERS_KEY] = json.dumps(_layers(model))
+    if tied:
+        texts[_TIED_KEY] = json.dumps(tied)
+    model_file.write(path, pending, texts, codec)
+
+
+def _tensor(file: model_file.ModelFile, name: str, device: torch.device | None) -> Tensor:
+    entry = file.entries[name]
+    data = file.read(name)
+    if not data.size:
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=device)
+    return torch.from_numpy(data).view(_DTYPES[entry.dtype]).reshape(entry.shape).to(device)
+
+
+def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
+    """The quantized module that stands in for `old`, on the meta device."""
+    if spec["kind"] == "QuantEmbedding":
+        if not isinstance(old, (nn.Embedding, QuantEmbedding)):
+            raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
+        dtype = _DTYPES[spec["dtype"]]
+        return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
+    if not isinstance(old, (nn.Linear, QuantLinear)):
+        raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
+    return QuantLinear(old.in_features, old.out_features, spec["bias"], QuantScheme(**spec["scheme"]), device="meta")
+
+
+def _check_names(path: Any, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"load: {path} does not fit the model; missing in the file: {missing[:5] or 'nothing'}, "
+            f"not in the model: {unexpected[:5] or 'nothing'} ({len(missing)} and {len(unexpected)} in all)"
+        )
+    for name, tensor in expected.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"load: {name} has shape {shapes[name]} in {path}; the model wants {tuple(tensor.shape)}")
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: torch.device | str | None = None) -> Any:
+    """Reads a model file: a state dict, or `model` with the file's layers and weights put into it.
+
+    model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
+    costs no memory. Its nn.Linear and nn.Embedding become what they are in the file. Every tensor is checked; nothing
+    is put into `model` before all of them have been read. device: where tensors go; None is the CPU.
+    Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
+    """
+    file = model_file.ModelFile.open(path)
+    target = None if device is None else torch.device(device)
+    tied: dict[str, str] = json.loads(file.metadata.get(_TIED_KEY, "{}"))
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    shapes.update({name: shapes[source] for name, source in tied.items()})
+
+    skeleton: dict[str, nn.Module] = {}
+    expected: dict[str, Tensor] = {}
+    if model is not None:
+        layers = json.loads(file.metadata.get(_LAYERS_KEY, "{}"))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, spec in layers.items():
+            if name not in modules:
+                raise ValueError(f"load: {path} has a quantized layer {name!r}; the model has no module of that name")
+            try:
+                skeleton[name] = _empty_layer(spec, modules[name])
+            except TypeError as error:
+                raise ValueError(f"load: layer {name!r} is {error}") from error
+        inside = tuple(f"{name}." for name in skeleton)
+        expected = {n: t for n, t in model.state_dict().items() if not inside or not n.startswith(inside)}
+        for name, layer in skeleton.items():
+            expected.update({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
+        _check_names(path, expected, shapes)
+
+    state: dict[str, Tensor] = {name: _tensor(file, name, target) for name in progress(list(file.entries), "reading")}
+    state.update({name: state[source] for name, source in tied.items()})
+    if model is None:
+        return state
+
+    # The same module may stand at several places, and the same tensor under several names: both stay so.
+    same: dict[int, nn.Module] = {}
+    for name, layer in skeleton.items():
+        parent, _, attribute = name.rpartition(".")
+        replacement = same.setdefault(id(modules[name]), layer.train(modules[name].training))
+        setattr(model.get_submodule(parent), attribute, replacement)
+    parameters: dict[int, nn.Parameter] = {}
+    for name, tensor in state.items():
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        old = owner._parameters.get(attribute)
+        if old is not None:
+            made = parameters.get(id(tensor))
+            if made is None:
+                made = parameters[id(tensor)] = nn.Parameter(tensor, old.requires_grad and tensor.is_floating_point())
+            owner._parameters[attribute] = made
+        else:
+            owner._buffers[attribute] = tensor
+    return model
