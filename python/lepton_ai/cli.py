@@ -1,0 +1,185 @@
+"""The command `lepton`: a thin layer over lepton_ai and lepton_kernels. Exit codes: 0 fine, 1 a problem was found in
+the data, 2 wrong arguments."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import lepton_kernels as lk
+from lepton_ai.compression import Compression, Pruning, Quantization
+from lepton_kernels import codec as codecs
+from lepton_kernels.model_file import CODECS, ModelFile
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Prune, quantize and entropy-code models, and look at what came out. No command needs a network.",
+)  # fmt: skip
+# Where output goes to a file or a pipe, tables are as wide as they need to be.
+console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=200)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+File = Annotated[Path, typer.Argument(help="A .safetensors file, ours or not.", exists=True, dir_okay=False)]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Damaged data: exit 1. Wrong arguments and unreadable files: exit 2. One line each, no traceback."""
+    try:
+        yield
+    except codecs.CorruptDataError as error:
+        typer.echo(f"lepton: damaged: {error}", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        typer.echo(f"lepton: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e6:,.2f} MB" if n >= 1e5 else f"{n:,.0f} B"
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, which kernel serves what, and how to fix what is wrong."""
+    from lepton_ai.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(show_header=False, box=None)
+    caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in found["caches"].items())
+    quota = f", quota {found['cpu_quota']:g}" if found["cpu_quota"] else ""
+    for name, value in [
+        ("lepton", found["lepton"]),
+        ("python, torch", f"{found['python']}, {found['torch']}"),
+        ("processor", found["cpu"]),
+        ("level", f"{found['isa']} (machine: {found['isa_of_machine']})"),
+        ("caches", caches),
+        ("threads", f"{found['threads']} on {found['processors']} processors{quota}"),
+        ("GPU", found["gpu"] or "none"),
+        ("triton", found["triton"] or "not installed"),
+        *((f"{scheme} on", kernel) for scheme, kernel in found["kernels"].items()),
+    ]:
+        table.add_row(name, str(value))
+    console.print(table)
+    for item in found["problems"]:
+        console.print(f"problem: {item['problem']}", style="yellow")
+        console.print(f"fix:     {item['fix']}", style="green")
+    if not found["problems"]:
+        console.print("no problems found", style="green")
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, 'package.module:name' or 'file.py:name'.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    scheme: Annotated[str, typer.Option(help="w8a8, w8a16, w4a8, w4a16 or none.")] = "w8a8",
+    codec: Annotated[str, typer.Option(help=f"The file's codec: {', '.join(CODECS)}.")] = "huffman",
+    sparsity: Annotated[float, typer.Option(help="Share of the weights to prune first, by magnitude.")] = 0.0,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, at 4 bits.")] = None,
+    embeddings: Annotated[bool, typer.Option(help="Quantize embedding tables to int8 rows as well.")] = True,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a name or a glob.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, quantize and entropy-code a model into one safetensors file."""
+    from lepton_ai.model import LeptonModel
+
+    with _errors():
+        kept = tuple(exclude or ())
+        steps = [
+            Pruning(sparsity, exclude=kept) if sparsity else None,
+            Quantization(scheme, group_size, embeddings, exclude=kept) if scheme != "none" else None,
+            Compression(codec),
+        ]
+        if not output.parent.is_dir():
+            raise ValueError(f"output is {output}: there is no folder {output.parent}")
+        compressed = LeptonModel(model).compress(*steps, inplace=True)
+        compressed.save(output)
+    report = compressed.report()
+    if as_json:
+        _print_json({**report.as_dict(), "output": str(output)})
+        return
+    typer.echo(str(report))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def inspect(file: File, as_json: Json = False) -> None:
+    """Each tensor's dtype, shape, codec, stored size, ratio and order-0 entropy."""
+    with _errors():
+        opened = ModelFile.open(file)
+        rows = []
+        for entry in opened.entries.values():
+            layout = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}.get(entry.dtype, "bytes")
+            entropy = codecs.entropy(opened.read(entry.name), layout)
+            rows.append({**dataclasses.asdict(entry), "size": entry.size, "stored_size": entry.stored_size,
+                         "ratio": entry.ratio, "entropy_bits_per_byte": entropy})  # fmt: skip
+    size, stored = sum(row["size"] for row in rows), sum(row["stored_size"] for row in rows)
+    if as_json:
+        _print_json({"file": str(file), "file_bytes": file.stat().st_size, "tensors": rows})
+        return
+    table = Table(title=str(file))
+    for name, right in [("tensor", False), ("dtype", False), ("shape", True), ("codec", False), ("bytes", True),
+                        ("stored", True), ("ratio", True), ("entropy/8", True)]:  # fmt: skip
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["name"], row["dtype"], "x".join(map(str, row["shape"])), row["codec"], f"{row['size']:,}",
+            f"{row['stored_size']:,}", f"{row['ratio']:.3f}", f"{row['entropy_bits_per_byte'] / 8:.3f}",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("total", "", "", "", f"{size:,}", f"{stored:,}", f"{stored / max(size, 1):.3f}", "")
+    console.print(table)
+
+
+@app.command()
+def verify(file: File, as_json: Json = False) -> None:
+    """Read, check and decode every tensor; exit code 1 names the first damaged one."""
+    with _errors():
+        entries = lk.verify(file)
+    unchecked = [entry.name for entry in entries if entry.codec == "none" and entry.checksum is None]
+    if as_json:
+        _print_json({"file": str(file), "ok": True, "tensors": len(entries), "without_checksum": unchecked})
+        return
+    note = f"; {len(unchecked)} of them have no checksum (not written by lepton)" if unchecked else ""
+    typer.echo(f"{file}: {len(entries)} tensors are whole{note}")
+
+
+@app.command()
+def bench(
+    file: File,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to time; several allowed.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 128,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure each figure.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """How fast a file decodes and loads, and how fast the model in it runs (a Hugging Face model)."""
+    from lepton_ai.measure import bench_file
+
+    with _errors():
+        figures = bench_file(file, tuple(batch or (1, 32)), tokens, seconds)
+    if as_json:
+        _print_json(figures)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in figures.items():
+        shown = _bytes(value) if name.endswith("bytes") else f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    console.print(table)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="lepton")

@@ -1,0 +1,37 @@
+"""Quantization: to how many bits, and which layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lepton_kernels import QuantizeReport, QuantScheme, quantize_
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Quantizes every nn.Linear by `scheme` ("w8a8", "w8a16", "w4a8", "w4a16" or a QuantScheme).
+
+    embeddings: nn.Embedding tables become int8 rows as well (half of a small encoder's bytes). include, exclude: names,
+    globs, types or callables; `include` narrows the layers, and then says itself whether embeddings are among them.
+    """
+
+    scheme: str | QuantScheme = "w8a8"
+    group_size: int | None = None
+    embeddings: bool = True
+    include: Sequence[Any] | None = None
+    exclude: Sequence[Any] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        QuantScheme.of(self.scheme, self.group_size)
+
+    def apply(self, model: nn.Module) -> QuantizeReport:
+        """Quantizes `model` in place."""
+        include = self.include
+        if include is None and self.embeddings and any(isinstance(m, nn.Embedding) for m in model.modules()):
+            include = [kind for kind in (nn.Linear, nn.Embedding) if any(isinstance(m, kind) for m in model.modules())]
+        return quantize_(
+            model, self.scheme, group_size=self.group_size, include=include, exclude=self.exclude, strict=self.strict
+        )

@@ -1,0 +1,140 @@
+"""LeptonModel: a model to be compressed; CompressedModel: what became of it, ready to call, to save and to load."""
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import lepton_kernels as lk
+from lepton_ai.compression import Compression, Pruning, Quantization
+from lepton_ai.sources import CONFIG_KEY, metadata_of, model_of_config, open_model
+from lepton_kernels.model_file import ModelFile
+
+Step = Pruning | Quantization | Compression
+
+
+def _state_bytes(model: nn.Module) -> int:
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@dataclass
+class CompressionReport:
+    """What compress did: bytes of the weights before and after, of the file once saved, and a report for each step."""
+
+    bytes_before: int
+    bytes_after: int
+    codec: str
+    file_bytes: int | None = None
+    pruning: lk.PruneReport | None = None
+    quantization: lk.QuantizeReport | None = None
+    steps: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        out: dict[str, Any] = {
+            "steps": self.steps, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "codec": self.codec, "file_bytes": self.file_bytes,
+        }  # fmt: skip
+        for name in ("pruning", "quantization"):
+            report = getattr(self, name)
+            out[name] = None if report is None else [vars(row) for row in report.rows]
+        return out
+
+    def __str__(self) -> str:
+        parts = [str(report) for report in (self.pruning, self.quantization) if report is not None]
+        file = f", file {self.file_bytes:,} ({self.codec})" if self.file_bytes is not None else ""
+        share = self.bytes_after / max(self.bytes_before, 1)
+        parts.append(f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.1%}){file}")
+        return "\n\n".join(parts)
+
+
+class CompressedModel:
+    """A compressed model: call it as the original, or take the nn.Module from `.model`."""
+
+    def __init__(self, model: nn.Module, report: CompressionReport) -> None:
+        self.model = model
+        self._report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def report(self) -> CompressionReport:
+        """What was done; print it for a table."""
+        return self._report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file (lepton_kernels.save), entropy-coded as Compression said; "none" without it.
+
+        A Hugging Face model's configuration goes into the file, so that load needs nothing else.
+        """
+        lk.save(self.model, path, self._report.codec, metadata=metadata_of(self.model))
+        self._report.file_bytes = Path(path).stat().st_size
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "CompressedModel":
+        """Opens a saved file. model: the architecture, where the file does not hold it (not a Hugging Face model).
+
+        Raises CorruptDataError for a damaged file, ValueError when `model` is missing or does not fit.
+        """
+        file = ModelFile.open(path)
+        if model is None:
+            if CONFIG_KEY not in file.metadata:
+                raise ValueError(f"load: {path} does not say what model it holds; pass model=, the architecture")
+            model = model_of_config(file.metadata[CONFIG_KEY])
+        lk.load(path, model=model)
+        codecs = {entry.codec for entry in file.entries.values()} - {"none"}
+        after = _state_bytes(model)
+        report = CompressionReport(after, after, codecs.pop() if codecs else "none", Path(path).stat().st_size)
+        return cls(model, report)
+
+
+class LeptonModel:
+    """A model to be compressed: an nn.Module, or the path or name of one (lepton_ai.sources.open_model)."""
+
+    def __init__(self, model: nn.Module | str | os.PathLike[str]) -> None:
+        self.model = open_model(model if isinstance(model, (nn.Module, str)) else Path(model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def compress(
+        self,
+        pruning: Step | None = None,
+        quantization: Step | None = None,
+        compression: Step | None = None,
+        *,
+        inplace: bool = False,
+    ) -> CompressedModel:
+        """Prunes, quantizes and chooses the file's codec: any of the three steps, in this order whatever is left out.
+
+        Works on a copy unless inplace=True. Raises ValueError when no step or two of a kind are given, or when a step
+        finds nothing to do.
+        """
+        steps = [step for step in (pruning, quantization, compression) if step is not None]
+        kinds = [type(step) for step in steps]
+        allowed = (Pruning, Quantization, Compression)
+        for step in steps:
+            if type(step) not in allowed:
+                raise ValueError(
+                    f"compress: a step is {step!r}; allowed: Pruning(...), Quantization(...), Compression(...)"
+                )
+        if not steps or len(set(kinds)) < len(kinds):
+            names = ", ".join(kind.__name__ for kind in kinds) or "nothing"
+            raise ValueError(f"compress: steps are {names}; allowed: one to three of different kinds")
+        steps.sort(key=lambda step: allowed.index(type(step)))
+        model = self.model if inplace else copy.deepcopy(self.model)
+        before = _state_bytes(model)
+        report = CompressionReport(before, before, "none", steps=[repr(step) for step in steps])
+        for step in steps:
+            if isinstance(step, Pruning):
+                report.pruning = step.apply(model)
+            elif isinstance(step, Quantization):
+                report.quantization = step.apply(model)
+            else:
+                report.codec = step.codec
+        report.bytes_after = _state_bytes(model)
+        return CompressedModel(model, report)
