@@ -23,7 +23,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(50, 96)
-        self.body = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 30))
+        self.body = nn.Sequential(nn.Linear(96, 512), nn.ReLU(), nn.Linear(512, 30))
         nn.init.normal_(self.body[0].weight, std=0.05)  # as trained weights: uniform ones would not code
 
     def forward(self, index):
@@ -136,7 +136,7 @@ def test_the_command_line(hf_folder, tmp_path):
     code, text = lepton("inspect", out, "--json")
     rows = {row["name"]: row for row in json.loads(text)["tensors"]}
     assert code == 0
-    assert rows["encoder.layer.0.intermediate.dense.weight_packed"]["codec"] == "huffman"
+    assert rows["embeddings.word_embeddings.weight_packed"]["codec"] == "huffman"
     assert lepton("inspect", out)[0] == 0
     code, text = lepton("verify", out, "--json")
     assert (code, json.loads(text)["without_checksum"]) == (0, [])
