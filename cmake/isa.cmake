@@ -24,7 +24,7 @@ function(lepton_kernel target source)
     # -ffp-contract=off: a fused multiply-add only where the source says so; the levels must agree to the last bit.
     target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno
       # gcc 12 warns about its own _mm512_undefined_* (GCC bug 105593).
-      -Wno-maybe-uninitialized)
+      -Wno-maybe-uninitialized -Wno-uninitialized)
     target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
     set_target_properties(${object} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)

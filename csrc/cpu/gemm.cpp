@@ -54,6 +54,10 @@ struct Activations {
   ToF32Args floats{};
 };
 
+// Row strides that are an odd number of cache lines: with a power of two all rows of a tile would share one set of the
+// first-level cache, which has 8 to 12 places.
+int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
 // Lays the prepared activations of all rows out in one scratch buffer.
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k, groups = args.weight.groups();
@@ -66,7 +70,7 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
     return plan;
   }
   const bool bytes = args.weight.bits == 4;
-  const int64_t stride = int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : quad_bytes(isa));
+  const int64_t stride = odd_lines(int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : quad_bytes(isa)));
   const size_t q_bytes = size_t(m) * size_t(stride), row_bytes = size_t(round_up(m, 16)) * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + row_bytes * (2 + (bytes ? size_t(groups) : 0))));
   plan.quantized = {args.x,

@@ -25,24 +25,25 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
     const int left = weight.k - g * weight.group;
     const int blocks = divide_up(left < weight.group ? left : weight.group, kNibbleBlock);
     I32x16 acc[panels][rows];
-    for (int p = 0; p < panels; ++p)
-      for (int r = 0; r < rows; ++r) acc[p][r] = broadcast_i32(0);
+    unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
     for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
-      for (int p = 0; p < panels; ++p) {
+      unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         if constexpr (rows == 1) {
           __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
           __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes + 64);
         }
         dot_u4<rows>(acc[p], a, tile.q_stride, w + p * panel_bytes);
-      }
+      });
     }
+    I32x16 sums[panels][rows];  // in memory, for a loop
+    unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { sums[i / rows][i % rows] = acc[i / rows][i % rows]; });
     for (int p = 0; p < panels; ++p) {
       const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g];
       const I32x16 zero = load_i32(meta.zero), column_sum = load_i32(meta.column_sum);
       const F32x16 scale = load_f32<Dtype::f32>(meta.scale);
       for (int r = 0; r < rows; ++r) {
         const int32_t q_sum = tile.row_group_sum[int64_t(row + r) * groups + g];
-        I32x16 sum = sub(acc[p][r], mul(zero, broadcast_i32(q_sum)));
+        I32x16 sum = sub(sums[p][r], mul(zero, broadcast_i32(q_sum)));
         sum = sub(sum, mul(column_sum, broadcast_i32(tile.row_zero[row + r])));
         y[p][r] = add(y[p][r], mul(to_f32(sum), scale));
       }

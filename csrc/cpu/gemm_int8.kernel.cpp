@@ -10,6 +10,20 @@ namespace {
 
 // Bytes ahead of a single row's reads: one row uses each weight once, at the speed of memory.
 constexpr int kPrefetchBytes = 4096;
+constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
+
+// Y[row.., 16 columns] from the exact sums.
+template <int rows>
+LEPTON_INLINE void write_output(const GemmTile& tile, int row, int panel, const I32x16 (&sums)[rows]) {
+  const Int8Meta& meta = static_cast<const Int8Meta*>(tile.weight.meta)[panel];
+  const I32x16 column_sum = load_i32(meta.column_sum);
+  const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel);
+  for (int r = 0; r < rows; ++r) {
+    const I32x16 sum = sub(sums[r], mul(broadcast_i32(tile.row_zero[row + r]), column_sum));
+    const F32x16 y_scale = mul(broadcast_f32(tile.row_scale[row + r]), scale);
+    store_output(tile, row + r, panel, add(mul(to_f32(sum), y_scale), bias));
+  }
+}
 
 template <int rows, int panels>
 LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
@@ -19,25 +33,16 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
   const int quads = divide_up(tile.weight.k, kQuad);
 
   I32x16 acc[panels][rows];
-  for (int p = 0; p < panels; ++p)
-    for (int r = 0; r < rows; ++r) acc[p][r] = broadcast_i32(0);
+  unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
   for (int q = 0; q < quads; ++q, a += kQuadBytes, w += kPanel * kQuad) {
-    for (int p = 0; p < panels; ++p) {
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
       if constexpr (rows == 1) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
       dot_s8<rows>(acc[p], a, tile.q_stride, w + p * panel_bytes);
-    }
+    });
   }
-
-  for (int p = 0; p < panels; ++p) {
-    const Int8Meta& meta = static_cast<const Int8Meta*>(tile.weight.meta)[panel0 + p];
-    const I32x16 column_sum = load_i32(meta.column_sum);
-    const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel0 + p);
-    for (int r = 0; r < rows; ++r) {
-      const I32x16 sum = sub(acc[p][r], mul(broadcast_i32(tile.row_zero[row + r]), column_sum));
-      const F32x16 y_scale = mul(broadcast_f32(tile.row_scale[row + r]), scale);
-      store_output(tile, row + r, panel0 + p, add(mul(to_f32(sum), y_scale), bias));
-    }
-  }
+  I32x16 sums[panels][rows];  // in memory, for a loop
+  unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { sums[i / rows][i % rows] = acc[i / rows][i % rows]; });
+  for (int p = 0; p < panels; ++p) write_output<rows>(tile, row, panel0 + p, sums[p]);
 }
 
 template <int kRows, int panels>
@@ -46,8 +51,6 @@ LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
     for_row_blocks<kRows>(tile.rows, [&]<int rows>(int row) { multiply<rows, panels>(tile, row, panel); });
   return panel;
 }
-
-constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
 
 }  // namespace
 

@@ -112,38 +112,45 @@ LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
   return _mm256_set1_epi32(quad);
 }
 
+// acc += a0 * w0 + a1 * w1 of int16 pairs. The sums fill the registers: left to itself gcc computes products ahead,
+// adds them to each other first, and spills most of the sums in every iteration.
+LEPTON_INLINE void add_products(__m256i& acc, __m256i a, __m256i w) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a), "x"(w));
+}
+
 template <int rows>
 LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
-  for (int odd = 0; odd < 2; ++odd) {
+  unroll<2>([&]<int odd>() LEPTON_LAMBDA_INLINE {
     __m256i pair[2];  // int16 (k0, k2) or (k1, k3) of 8 columns
-    for (int h = 0; h < 2; ++h) {
+    unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
       const __m256i quad = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
       pair[h] = _mm256_srai_epi16(odd ? quad : _mm256_slli_epi16(quad, 8), 8);
-    }
-    for (int r = 0; r < rows; ++r) {
+    });
+    unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
       const __m256i activation = broadcast_quad(a + r * lda + 4 * odd);
-      for (int h = 0; h < 2; ++h)
-        acc[r].half[h] = _mm256_add_epi32(acc[r].half[h], _mm256_madd_epi16(activation, pair[h]));
-    }
-  }
+      add_products(acc[r].half[0], activation, pair[0]);
+      add_products(acc[r].half[1], activation, pair[1]);
+    });
+  });
 }
 
 // Here vpmaddubsw is exact: 2 * 255 * 15 = 7650, and four of them still fit int16.
 template <int rows>
 LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
   const __m256i low = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
     const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
     const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h + 2);
     const __m256i quad[4] = {_mm256_and_si256(w0, low), _mm256_and_si256(_mm256_srli_epi16(w0, 4), low),
                              _mm256_and_si256(w1, low), _mm256_and_si256(_mm256_srli_epi16(w1, 4), low)};
-    for (int r = 0; r < rows; ++r) {
+    unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
       __m256i sum = _mm256_maddubs_epi16(broadcast_quad(a + r * lda), quad[0]);
       for (int q = 1; q < 4; ++q)
         sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(broadcast_quad(a + r * lda + 4 * q), quad[q]));
-      acc[r].half[h] = _mm256_add_epi32(acc[r].half[h], _mm256_madd_epi16(sum, ones));
-    }
-  }
+      add_products(acc[r].half[h], sum, ones);
+    });
+  });
 }
 
 }  // namespace

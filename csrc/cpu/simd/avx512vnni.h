@@ -87,7 +87,9 @@ LEPTON_INLINE __m512i broadcast_quad(const uint8_t* a) {
 template <int rows>
 LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
   const __m512i weights = _mm512_loadu_si512(w);
-  for (int r = 0; r < rows; ++r) acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda), weights);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+    acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda), weights);
+  });
 }
 
 template <int rows>
@@ -96,10 +98,10 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
   for (int j = 0; j < 2; ++j, a += 8) {
     const __m512i pair = _mm512_loadu_si512(w + 64 * j);
     const __m512i first = _mm512_and_si512(pair, low), second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
-    for (int r = 0; r < rows; ++r) {
+    unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
       acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda), first);
       acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda + 4), second);
-    }
+    });
   }
 }
 

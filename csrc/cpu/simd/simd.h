@@ -20,6 +20,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
+#include "cpu/simd/unroll.h"
 
 #if defined(LEPTON_ISA_AVX512VNNI) || defined(LEPTON_ISA_AVX512VBMI2)
 #include "cpu/simd/avx512vnni.h"
