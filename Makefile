@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help venv test fuzz lint format wheel clean
+.PHONY: help venv demo test bench fuzz lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -24,8 +24,18 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
+demo: .venv/.native ## MiniLM through w8a8 and w4a16 + Huffman, measured; results in demo-out/
+	$(BIN)/python examples/demo.py $(ARGS)
+
 test: .venv/.native ## All tests
 	$(BIN)/pytest $(ARGS)
+
+# Alone on the machine, or the figures are noise. ARGS: `-k w8a8`, `bench/bench_codec.py`; then read build/bench.json.
+bench: .venv/.native .venv/.bench ## Everything beside its peers and the machine's limits; writes bench/RESULTS.md
+	$(BIN)/python bench/roof.py --json > build/roof.json
+	$(BIN)/pytest $(or $(ARGS),bench) -q --override-ini=python_files='bench_*.py' --benchmark-json=build/bench.json \
+	  --benchmark-columns=median,iqr,rounds
+	$(if $(ARGS),,$(BIN)/python bench/report.py build/bench.json build/roof.json)
 
 fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers (SECONDS a level)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null
@@ -60,6 +70,10 @@ venv: .venv/.native ## Only the set-up
 	$(PIP) install $(PINNED) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install $(PINNED) pybind11 scikit-build-core ninja $(if $(shell command -v cmake),,cmake)
 	$(BIN)/python .ci/extras $(EXTRAS) | xargs -d '\n' $(PIP) install $(PINNED)
+	touch $@
+
+.venv/.bench: .venv/.deps
+	$(BIN)/python .ci/extras bench | xargs -d '\n' $(PIP) install $(PINNED)
 	touch $@
 
 .venv/.native: .venv/.deps $(NATIVE)

@@ -16,6 +16,7 @@ import lepton_kernels as lk
 THREADS = int(os.environ.get("LEPTON_BENCH_THREADS", len(os.sched_getaffinity(0))))
 SECONDS = float(os.environ.get("LEPTON_BENCH_SECONDS", "2"))  # of one race
 ROUNDS = 7, 400  # at least, at most
+WARM_UP = 0.01  # seconds: longer than the threads of the contender before go on spinning
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -49,24 +50,28 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def race(benchmark) -> Callable[..., None]:
     """race(ours, rivals): median time of each, in one process, in turn, round by round.
 
-    In a round each contender makes one call to warm up and one that counts. `ours` is what pytest-benchmark reports;
+    In a round each contender makes calls to warm up, and one that counts. `ours` is what pytest-benchmark reports;
     medians in seconds of all, by name, go to benchmark.extra_info["medians"].
     """
 
     def run(name: str, ours: Callable[[], object], rivals: dict[str, Callable[[], object]], **info: object) -> None:
         times: dict[str, list[float]] = {rival: [] for rival in rivals}
 
-        def timed(call: Callable[[], object]) -> float:
+        def warm_up(call: Callable[[], object]) -> None:
+            stop = time.perf_counter() + WARM_UP
             call()
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
+            while time.perf_counter() < stop:
+                call()
 
         def others_first() -> None:
             for rival, call in rivals.items():
-                times[rival].append(timed(call))
-            ours()
+                warm_up(call)
+                start = time.perf_counter()
+                call()
+                times[rival].append(time.perf_counter() - start)
+            warm_up(ours)
 
+        others_first()
         start = time.perf_counter()
         others_first()
         ours()

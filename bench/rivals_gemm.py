@@ -91,9 +91,7 @@ def onnxruntime_dynamic_int8(weight: Tensor, m: int) -> Run:
     n, k = weight.shape
     scale = weight.abs().amax(1) / 127
     values = torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8)
-    node = onnx.helper.make_node(
-        "DynamicQuantizeMatMul", ["x", "w", "scale", "zero"], ["y"], domain="com.microsoft"
-    )
+    node = onnx.helper.make_node("DynamicQuantizeMatMul", ["x", "w", "scale", "zero"], ["y"], domain="com.microsoft")
     weights = {
         "w": values.T.contiguous().numpy(), "scale": scale.numpy(), "zero": np.zeros(n, np.int8),
     }  # fmt: skip

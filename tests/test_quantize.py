@@ -67,13 +67,27 @@ def test_changing_the_dtype_changes_no_stored_bit():
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_float_dtype_in_and_out(dtype):
-    layer = lk.nn.QuantLinear.from_linear(nn.Linear(64, 32), "w8a8")
-    x = (torch.randn(3, 64) * 6e3).to(dtype)
+def test_every_float_dtype_in_and_out_up_to_the_largest_half(dtype, scheme):
+    layer = lk.nn.QuantLinear.from_linear(nn.Linear(64, 32), scheme)
+    x = (torch.rand(3, 64) * 2 - 1).to(dtype)
+    x[0, 0] = 6e4
     y = layer(x)
     assert y.dtype == dtype
     assert y.isfinite().all()
+    want = x.double() @ layer.weight.double().T
+    assert (y.double() - want).norm() / want.norm() < 0.02
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autocast_chooses_the_dtype_as_for_linear(scheme):
+    linear = nn.Linear(64, 32)
+    layer = lk.nn.QuantLinear.from_linear(linear, scheme)
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == linear(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -188,6 +202,27 @@ if child == 0:
 print(os.waitpid(child, 0)[1])
 """
     assert run_python(program) == "0\n"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_run_on_the_threads_of_torch_and_start_no_others(run_python, threads):
+    program = f"""
+import os, torch
+import lepton_kernels as lk
+torch.set_num_threads({threads})
+layer = lk.nn.QuantLinear.from_linear(torch.nn.Linear(2048, 2048))
+x = torch.randn(256, 2048)
+x @ x.T + 1
+before = len(os.listdir("/proc/self/task"))
+layer(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert run_python(program) == "0\n"
+
+
+def test_affinity_limits_the_threads(run_python):
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert run_python(program + "from lepton_kernels._runtime import C; print(C.default_threads())") == "1\n"
 
 
 def test_one_openmp_runtime_in_either_order(run_python):
