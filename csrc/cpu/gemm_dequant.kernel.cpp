@@ -1,87 +1,171 @@
-// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations: int8 or 4-bit weights are widened to f32, a
-// panel and a block of k at a time, into a buffer that stays in the first-level cache, and used from there by every
-// row.
+// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations and int8 or 4-bit weights.
 //
-// 8 bit: the buffer holds the integers and the channel's scale is applied to the sums. 4 bit: it holds (q - zero) *
-// scale.
+// Few rows: weights are widened to f32 in registers and used at once. More: a panel and a block of k at a time is
+// widened into a buffer that stays in the first-level cache and is used from there by every row of the tile.
+//
+// 8 bit: the integers are multiplied and the channel's scale is applied to the sums. 4 bit: (q - zero), and the group's
+// scale on the group's sums, or in the buffer.
 #include "cpu/simd/epilogue.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
 constexpr int kBlock = 256;  // k in the buffer: 256 x 16 floats = 16 KiB, half of a first-level cache
+constexpr int kDirectRows = 4;
+constexpr int kPrefetchBytes = 4096;  // ahead of the weights of few rows, which are read once, at the speed of memory
 
-// W[4, 16 columns] of int8 to four rows of f32: byte i of each lane is k + i.
-LEPTON_INLINE void widen_s8(const int8_t* w, float* out) {
-  const I32x16 quad = load_i32(w);
-  store_f32<Dtype::f32>(out, to_f32(shift_right_signed<24>(shift_left<24>(quad))));
-  store_f32<Dtype::f32>(out + 16, to_f32(shift_right_signed<24>(shift_left<16>(quad))));
-  store_f32<Dtype::f32>(out + 32, to_f32(shift_right_signed<24>(shift_left<8>(quad))));
-  store_f32<Dtype::f32>(out + 48, to_f32(shift_right_signed<24>(quad)));
+// Column k + i of a panel's word of 8 (4 bit) or 4 (8 bit) k.
+template <int bits, int i>
+LEPTON_INLINE F32x16 widened(I32x16 word, F32x16 zero) {
+  if constexpr (bits == 8) return to_f32(shift_right_signed<24>(shift_left<24 - 8 * i>(word)));
+  constexpr int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
+  return sub(nibble_f32<shift>(word), zero);
 }
 
-template <int k>
-LEPTON_INLINE void widen_nibble(I32x16 word, I32x16 zero, F32x16 scale, float* out) {
-  constexpr int shift = k < 4 ? 8 * k : 8 * (k - 4) + 4;
-  const I32x16 nibble = bit_and(shift_right<shift>(word), broadcast_i32(0xf));
-  store_f32<Dtype::f32>(out + 16 * k, mul(to_f32(sub(nibble, zero)), scale));
-}
-
-// W[8, 16 columns] of nibbles to eight rows of f32.
-LEPTON_INLINE void widen_u4(const uint8_t* w, I32x16 zero, F32x16 scale, float* out) {
-  const I32x16 word = load_i32(w);
-  widen_nibble<0>(word, zero, scale, out);
-  widen_nibble<1>(word, zero, scale, out);
-  widen_nibble<2>(word, zero, scale, out);
-  widen_nibble<3>(word, zero, scale, out);
-  widen_nibble<4>(word, zero, scale, out);
-  widen_nibble<5>(word, zero, scale, out);
-  widen_nibble<6>(word, zero, scale, out);
-  widen_nibble<7>(word, zero, scale, out);
-}
-
-// The f32 weights of k in [k0, k0 + kBlock), as far as they exist, rounded up to the layout's block.
+// The f32 weights of k in [k0, k0 + kBlock), as far as they exist, rounded up to a word, to out[k - k0][16].
+template <int bits>
 LEPTON_INLINE void widen(const PackedWeight& weight, int panel, int k0, float* out) {
+  constexpr int kWord = 32 / bits;
   const uint8_t* data = weight.data + panel * weight.panel_bytes();
-  if (weight.bits == 8) {
-    const int end = k0 + kBlock < weight.k ? k0 + kBlock : weight.k;
-    for (int k = k0; k < end; k += kQuad, out += kQuad * kPanel)
-      widen_s8(reinterpret_cast<const int8_t*>(data) + int64_t(k) * kPanel, out);
-    return;
-  }
-  const Int4Meta* meta = static_cast<const Int4Meta*>(weight.meta) + int64_t(panel) * weight.groups();
   const int end = k0 + kBlock < weight.k ? k0 + kBlock : weight.k;
   for (int k = k0; k < end;) {
-    const int group = k / weight.group;
-    const int64_t next_group = int64_t(group + 1) * weight.group;
-    const int group_end = next_group < end ? int(next_group) : end;
-    const I32x16 zero = load_i32(meta[group].zero);
-    const F32x16 scale = load_f32<Dtype::f32>(meta[group].scale);
-    for (; k < group_end; k += 8, out += 8 * kPanel) widen_u4(data + int64_t(k) * kPanel / 2, zero, scale, out);
+    F32x16 zero = broadcast_f32(0), scale = broadcast_f32(1);
+    int group_end = end;
+    if constexpr (bits == 4) {
+      const int group = k / weight.group;
+      const int64_t next_group = int64_t(group + 1) * weight.group;
+      group_end = next_group < end ? int(next_group) : end;
+      const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel) * weight.groups() + group];
+      zero = to_f32(load_i32(meta.zero));
+      scale = load_f32<Dtype::f32>(meta.scale);
+    }
+    for (; k < group_end; k += kWord, out += kWord * kPanel) {
+      const I32x16 word = load_i32(data + int64_t(k) * kPanel * bits / 8);
+      unroll<kWord>([&]<int i>() LEPTON_LAMBDA_INLINE {
+        F32x16 column = widened<bits, i>(word, zero);
+        if constexpr (bits == 4) column = mul(column, scale);
+        store_f32<Dtype::f32>(out + 16 * i, column);
+      });
+    }
+  }
+}
+
+// acc[p][r] += X[row + r, k..k + count) . W[panel p, the same k]: `count` a multiple of the word's k.
+template <int bits, int rows, int panels, int chains>
+LEPTON_INLINE void multiply_words(const float* x, int64_t x_stride, const uint8_t* w, int64_t panel_bytes, int count,
+                                  const F32x16 (&zero)[panels], F32x16 (&acc)[panels][rows * chains]) {
+  constexpr int kWord = 32 / bits;  // k in a word
+  for (int k = 0; k < count; k += kWord, x += kWord, w += kPanel * 4) {
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+      __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
+      const I32x16 word = load_i32(w + p * panel_bytes);
+      unroll<kWord>([&]<int i>() LEPTON_LAMBDA_INLINE {
+        const F32x16 column = widened<bits, i>(word, zero[p]);
+        unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+          F32x16& sum = acc[p][r * chains + i % chains];
+          sum = fmadd(broadcast_f32(x[r * x_stride + i]), column, sum);
+        });
+      });
+    });
+  }
+}
+
+template <int bits, int rows, int panels>
+LEPTON_INLINE void multiply_direct(const GemmTile& tile, int panel0) {
+  constexpr int chains = rows == 1 ? 2 : 1, kWord = 32 / bits;
+  const PackedWeight& weight = tile.weight;
+  const int64_t panel_bytes = weight.panel_bytes();
+  const int groups = weight.groups();
+  F32x16 y[panels][rows];
+  for (int p = 0; p < panels; ++p)
+    for (int r = 0; r < rows; ++r) y[p][r] = broadcast_f32(0);
+  for (int g = 0; g < groups; ++g) {
+    const int k0 = g * weight.group, left = weight.k - k0, count = left < weight.group ? left : weight.group;
+    const int whole = count / kWord * kWord;
+    const uint8_t* w = weight.data + panel0 * panel_bytes + int64_t(k0) * kPanel * bits / 8;
+    F32x16 zero[panels], acc[panels][rows * chains];
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+      zero[p] = broadcast_f32(0);
+      if constexpr (bits == 4)
+        zero[p] = to_f32(load_i32(static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g].zero));
+      unroll<rows * chains>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[p][i] = broadcast_f32(0); });
+    });
+    multiply_words<bits, rows, panels, chains>(tile.x + k0, tile.x_stride, w, panel_bytes, whole, zero, acc);
+    if (whole < count) {  // the last word reaches past X: zeros there
+      float tail[rows][kWord] = {};
+      for (int r = 0; r < rows; ++r)
+        for (int k = whole; k < count; ++k) tail[r][k - whole] = tile.x[r * tile.x_stride + k0 + k];
+      w += int64_t(whole) * kPanel * bits / 8;
+      multiply_words<bits, rows, panels, chains>(tail[0], kWord, w, panel_bytes, kWord, zero, acc);
+    }
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+      const F32x16 scale =
+          bits == 8
+              ? load_f32<Dtype::f32>(static_cast<const Int8Meta*>(weight.meta)[panel0 + p].scale)
+              : load_f32<Dtype::f32>(static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g].scale);
+      unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+        F32x16 sum = acc[p][r * chains];
+        if constexpr (chains == 2) sum = add(sum, acc[p][r * chains + 1]);
+        y[p][r] = fmadd(sum, scale, y[p][r]);
+      });
+    });
+  }
+  for (int p = 0; p < panels; ++p) {
+    const F32x16 bias = load_bias(tile, panel0 + p);
+    for (int r = 0; r < rows; ++r) store_output(tile, r, panel0 + p, add(y[p][r], bias));
+  }
+}
+
+template <int bits, int rows>
+LEPTON_INLINE void multiply_few(const GemmTile& tile) {
+  // Enough sums in flight to hide a multiply-add's latency, no more than the registers hold.
+  constexpr int panels = rows == 1 ? kDirectSums / 2 : kDirectSums / rows;
+  int panel = tile.panel_begin;
+  for (; panel + panels <= tile.panel_end; panel += panels) multiply_direct<bits, rows, panels>(tile, panel);
+  for (; panel < tile.panel_end; ++panel) multiply_direct<bits, rows, 1>(tile, panel);
+}
+
+template <int bits>
+void multiply_up_to_four(const GemmTile& tile) {
+  switch (tile.rows) {
+    case 1:
+      return multiply_few<bits, 1>(tile);
+    case 2:
+      return multiply_few<bits, 2>(tile);
+    case 3:
+      return multiply_few<bits, 3>(tile);
+    default:
+      return multiply_few<bits, 4>(tile);
   }
 }
 
 template <int rows>
 LEPTON_INLINE void multiply(const float* x, int64_t x_stride, const float* w, int count, float* sums) {
   F32x16 acc[rows];
-  for (int r = 0; r < rows; ++r) acc[r] = load_f32<Dtype::f32>(sums + r * kPanel);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE { acc[r] = load_f32<Dtype::f32>(sums + r * kPanel); });
   for (int k = 0; k < count; ++k) {
     const F32x16 column = load_f32<Dtype::f32>(w + k * kPanel);
-    for (int r = 0; r < rows; ++r) acc[r] = fmadd(broadcast_f32(x[r * x_stride + k]), column, acc[r]);
+    unroll<rows>([&]<int r>()
+                     LEPTON_LAMBDA_INLINE { acc[r] = fmadd(broadcast_f32(x[r * x_stride + k]), column, acc[r]); });
   }
-  for (int r = 0; r < rows; ++r) store_f32<Dtype::f32>(sums + r * kPanel, acc[r]);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE { store_f32<Dtype::f32>(sums + r * kPanel, acc[r]); });
 }
 
 }  // namespace
 
 void gemm_dequant_tile(const GemmTile& tile) {
+  if (tile.rows <= kDirectRows)
+    return tile.weight.bits == 8 ? multiply_up_to_four<8>(tile) : multiply_up_to_four<4>(tile);
   alignas(64) float block[(kBlock + kNibbleBlock) * kPanel];
   const int k = tile.weight.k;
   for (int panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
     __builtin_memset(tile.sums, 0, sizeof(float) * kPanel * size_t(tile.rows));
     for (int k0 = 0; k0 < k; k0 += kBlock) {
       const int count = k - k0 < kBlock ? k - k0 : kBlock;
-      widen(tile.weight, panel, k0, block);
+      if (tile.weight.bits == 8)
+        widen<8>(tile.weight, panel, k0, block);
+      else
+        widen<4>(tile.weight, panel, k0, block);
       for_row_blocks<kFloatRows>(tile.rows, [&]<int rows>(int row) {
         multiply<rows>(tile.x + row * tile.x_stride + k0, tile.x_stride, block, count, tile.sums + row * kPanel);
       });

@@ -12,6 +12,7 @@ constexpr int kQuadBytes = 8;
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
 constexpr int kFloatRows = 6;
+constexpr int kDirectSums = 4;  // 8 of 16 registers
 
 struct F32x16 {
   __m256 half[2];
@@ -95,6 +96,12 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
 LEPTON_INLINE __m256i pack_u16(I32x16 v) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(v.half[0], v.half[1]), 0xd8);
 }
+// Bits shift..shift + 3 of every lane as a float, 0 to 15.
+template <int shift>
+LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
+  return to_f32(bit_and(shift_right<shift>(a), broadcast_i32(0xf)));
+}
+
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   const __m256i words = pack_u16(v);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

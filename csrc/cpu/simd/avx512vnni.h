@@ -10,6 +10,7 @@ constexpr int kQuadBytes = 4;                  // vpdpbusd takes the four bytes 
 constexpr int kInt8Rows = 6, kInt8Panels = 4;  // 24 sums + 4 weights of 32 registers
 constexpr int kInt4Rows = 6, kInt4Panels = 2;  // 12 sums + 8 weights
 constexpr int kFloatRows = 12;
+constexpr int kDirectSums = 8;  // of 32 registers: two units, four cycles
 
 struct F32x16 {
   __m512 v;
@@ -71,6 +72,13 @@ LEPTON_INLINE I32x16 shift_right(I32x16 a) {
 template <int n>
 LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
   return {_mm512_srai_epi32(a.v, n)};
+}
+
+// Bits shift..shift + 3 of every lane as a float, 0 to 15.
+template <int shift>
+LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(a.v, shift), values)};  // it reads the lowest four bits alone
 }
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 x) {

@@ -8,6 +8,7 @@ constexpr int kQuadBytes = 4;  // a quad of activations is its four bytes
 constexpr int kInt8Rows = 2, kInt8Panels = 1;
 constexpr int kInt4Rows = 2, kInt4Panels = 1;
 constexpr int kFloatRows = 2;
+constexpr int kDirectSums = 4;
 
 struct F32x16 {
   float lane[16];
@@ -116,6 +117,12 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
   LEPTON_LANES(I32x16, a.lane[i] >> n);
 }
 #undef LEPTON_LANES
+
+// Bits shift..shift + 3 of every lane as a float, 0 to 15.
+template <int shift>
+LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
+  return to_f32(bit_and(shift_right<shift>(a), broadcast_i32(0xf)));
+}
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = uint8_t(v.lane[i]);

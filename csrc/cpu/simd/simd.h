@@ -12,7 +12,8 @@
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads, W int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A uint8, W 4 bit, [2][16][4] (packed_weight.h)
 //
-// kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers.
+// kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers,
+// kDirectSums the sums of gemm_dequant for few rows.
 #pragma once
 
 #include <stddef.h>
