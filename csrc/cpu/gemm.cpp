@@ -15,6 +15,8 @@ namespace {
 // Rows of prepared activations that a tile works on: they are read again for every panel, so they should stay in a
 // second-level cache, of which half a megabyte is what small cores have.
 constexpr int64_t kActivationBytes = 256 * 1024;
+// Floats are read once for every block of widened weights, so that many rows share the widening.
+constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;
 // Below this many multiplications a second thread costs more than it saves (a fork and join take a few microseconds).
 constexpr int64_t kParallelWork = 400 * 1000;
 // Tiles per thread: enough that a late thread costs little, few enough that dealing them out costs nothing.
@@ -63,9 +65,9 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k, groups = args.weight.groups();
   Activations plan;
   if (!args.quantize_activations) {
-    const int64_t stride = round_up(k, 16);
+    const int64_t stride = odd_lines(int64_t(k) * 4) / 4;
     plan.floats = {args.x, args.dtype, args.x_stride, m, k, nullptr, stride};
-    if (args.dtype == Dtype::f32) return plan;
+    if (args.dtype == Dtype::f32 && m <= kDirectRows) return plan;  // read where it is
     plan.floats.out = static_cast<float*>(scratch.get(size_t(m) * size_t(stride) * sizeof(float)));
     return plan;
   }
@@ -151,7 +153,8 @@ void gemm(const GemmArgs& args) {
   thread_local Scratch scratch;
   const Activations plan = plan_activations(args, isa, scratch);
   const int64_t row_bytes = args.quantize_activations ? plan.quantized.q_stride : int64_t(k) * 4;
-  const int row_block = int(std::clamp<int64_t>(kActivationBytes / std::max<int64_t>(row_bytes, 1) / 12 * 12, 12, m));
+  const int64_t tile_bytes = args.quantize_activations ? kActivationBytes : kFloatActivationBytes;
+  const int row_block = int(std::clamp<int64_t>(tile_bytes / std::max<int64_t>(row_bytes, 1) / 12 * 12, 12, m));
   const int row_tiles = divide_up(m, row_block);
 
   const int prepare_threads = int64_t(m) * k < kParallelWork / 4 ? 1 : threads;

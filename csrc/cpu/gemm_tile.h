@@ -9,6 +9,8 @@
 
 namespace lepton {
 
+constexpr int kDirectRows = 4;  // gemm_dequant uses weights from registers for so few rows, without a buffer
+
 // Y[rows, columns of the panels] = X @ dequant(W)^T + bias for panels [panel_begin, panel_end).
 struct GemmTile {
   PackedWeight weight;
@@ -22,7 +24,8 @@ struct GemmTile {
   const int32_t* row_zero;
   const int32_t* row_group_sum;  // [rows, groups], 4 bit only
 
-  // Float activations (gemm_dequant): f32 rows, and f32 sums [rows][16] for the kernel to keep between blocks of k.
+  // Float activations (gemm_dequant; up to kDirectRows rows need no sums): f32 rows, and f32 sums [rows][16] for the
+  // kernel to keep between blocks of k.
   const float* x;
   int64_t x_stride;
   float* sums;
