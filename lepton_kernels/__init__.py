@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_kernels import codec, nn
+    from lepton_kernels import codec, nn, onnx
     from lepton_kernels._backends_report import backends
     from lepton_kernels.checkpoint import load, save
     from lepton_kernels.model_file import inspect, verify
@@ -27,7 +27,7 @@ _HOMES = {
     "save": "checkpoint",
     "verify": "model_file",
 }
-_SUBPACKAGES = ("codec", "nn")
+_SUBPACKAGES = ("codec", "nn", "onnx")
 
 __all__ = [
     "PruneReport",
@@ -38,6 +38,7 @@ __all__ = [
     "inspect",
     "load",
     "nn",
+    "onnx",
     "prune_",
     "quantize_",
     "quantize_dynamic",

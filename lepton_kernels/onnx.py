@@ -1,0 +1,98 @@
+"""ONNX: a quantized model in standard operators (opset 21), for onnxruntime and whatever else reads ONNX.
+
+Weights stay int8 or int4 in the file. Activations of w8a8 are quantized as here, a row at a time, and multiplied as
+integers (MatMulInteger); w4a8 rounds them to the same grid and multiplies floats; w8a16 and w4a16 multiply floats.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+def export(model: Any, args: tuple[Any, ...], path: str | os.PathLike[str], **options: Any) -> None:
+    """Writes model(*args) as ONNX to `path`; `options` go to torch.onnx.export (input_names, dynamic_shapes, ...).
+
+    The exporter's own optimizer stays off: it would store the weights as floats. onnxruntime folds them when it loads.
+    Raises ImportError without onnxscript.
+    """
+    import torch
+
+    program = torch.onnx.export(
+        model, args, dynamo=True, opset_version=21, optimize=False, verbose=False,
+        custom_translation_table=translations(), **options,
+    )  # fmt: skip
+    if program is None:
+        raise RuntimeError("onnx.export: torch.onnx.export returned no program")
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces of this machine, 800 bytes a node
+    program.save(path)
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Our operators for torch.onnx.export's custom_translation_table. Raises ImportError without onnxscript."""
+    try:
+        from onnxscript import opset21 as op
+    except ImportError as error:
+        raise ImportError("lk.onnx.translations() needs onnxscript: pip install onnxscript") from error
+    from lepton_kernels import _ops
+
+    def constant(value: list[int], *, int32: bool = False) -> Any:
+        return op.Cast(op.Constant(value_ints=value), to=6) if int32 else op.Constant(value_ints=value)
+
+    def number(value: float) -> Any:
+        return op.Constant(value_float=value)
+
+    def quantize_rows(x: Any) -> tuple[Any, Any, Any]:
+        """q, zero (both float, of integer value) and scale [..., 1], as in reference.quantize_rows for finite x."""
+        low = op.Min(op.ReduceMin(x, constant([-1])), number(0.0))
+        high = op.Max(op.ReduceMax(x, constant([-1])), number(0.0))
+        scale = op.Sub(op.Mul(high, number(1 / 255)), op.Mul(low, number(1 / 255)))
+        tiny = op.Less(scale, number(2.0**-126))
+        inverse = op.Where(tiny, number(0.0), op.Reciprocal(op.Where(tiny, number(1.0), scale)))
+        zero = op.Clip(op.Round(op.Mul(op.Neg(low), inverse)), number(0.0), number(255.0))
+        q = op.Clip(op.Add(op.Round(op.Mul(x, inverse)), zero), number(0.0), number(255.0))
+        return q, zero, op.Where(tiny, number(0.0), scale)
+
+    def finish(y: Any, bias: Any, x: Any) -> Any:
+        return op.CastLike(y if bias is None else op.Add(y, bias), x)
+
+    def gemm_int8(x: Any, weight_packed: Any, weight_scale: Any, bias: Any, quantize_activations: bool) -> Any:
+        rows = op.Cast(x, to=1)
+        scale = op.Squeeze(weight_scale, constant([1]))
+        if not quantize_activations:
+            weight = op.DequantizeLinear(weight_packed, scale, axis=0)
+            return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, x)
+        q, zero, row_scale = quantize_rows(rows)
+        sums = op.MatMulInteger(op.Cast(q, to=2), op.Transpose(weight_packed, perm=[1, 0]))
+        column_sum = op.ReduceSum(op.Cast(weight_packed, to=6), constant([1]), keepdims=0)
+        exact = op.Sub(sums, op.Mul(op.Cast(zero, to=6), column_sum))
+        return finish(op.Mul(op.Cast(exact, to=1), op.Mul(row_scale, scale)), bias, x)
+
+    def gemm_int4(
+        x: Any, weight_packed: Any, weight_scale: Any, weight_zero_point: Any, bias: Any, group_size: int,
+        quantize_activations: bool,
+    ) -> Any:  # fmt: skip
+        n, words = weight_packed.shape
+        k = x.shape[-1]
+        size = k if group_size == -1 else group_size
+
+        def per_weight(per_group: Any) -> Any:
+            """[n, groups] to [n, k]."""
+            repeated = op.Expand(op.Unsqueeze(op.Cast(per_group, to=1), constant([2])), constant([1, 1, size]))
+            return op.Slice(op.Reshape(repeated, constant([n, -1])), constant([0]), constant([k]), constant([1]))
+
+        shifts = op.Cast(constant(list(range(0, 32, 4))), to=12)
+        word = op.Unsqueeze(op.Cast(weight_packed, to=12), constant([2]))
+        nibbles = op.BitwiseAnd(op.BitShift(word, shifts, direction="RIGHT"), op.Cast(constant([15]), to=12))
+        values = op.Reshape(op.Cast(op.Cast(nibbles, to=7), to=1), constant([n, 8 * words]))
+        values = op.Sub(op.Slice(values, constant([0]), constant([k]), constant([1])), number(8.0))
+        if weight_zero_point is not None:
+            values = op.Sub(values, per_weight(weight_zero_point))
+        weight = op.Mul(values, per_weight(weight_scale))
+        rows = op.Cast(x, to=1)
+        if quantize_activations:
+            q, zero, row_scale = quantize_rows(rows)
+            rows = op.Mul(op.Sub(q, zero), row_scale)
+        return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, x)
+
+    return {_ops.gemm_int8: gemm_int8, _ops.gemm_int4: gemm_int4}
