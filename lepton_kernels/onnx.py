@@ -4,6 +4,7 @@ Weights stay int8 or int4 in the file. Activations of w8a8 are quantized as here
 integers (MatMulInteger); w4a8 rounds them to the same grid and multiplies floats; w8a16 and w4a16 multiply floats.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,7 @@ def export(model: Any, args: tuple[Any, ...], path: str | os.PathLike[str], **op
 def translations() -> dict[Any, Callable[..., Any]]:
     """Our operators for torch.onnx.export's custom_translation_table. Raises ImportError without onnxscript."""
     try:
-        from onnxscript import opset21 as op
+        op: Any = importlib.import_module("onnxscript").opset21
     except ImportError as error:
         raise ImportError("lk.onnx.translations() needs onnxscript: pip install onnxscript") from error
     from lepton_kernels import _ops

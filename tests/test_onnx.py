@@ -23,7 +23,7 @@ def test_onnxruntime_gives_the_same_answers(scheme, tmp_path):
         warnings.simplefilter("ignore")
         lk.onnx.export(model, (x,), path)
     weights = sum(layer.weight_packed.nbytes for layer in model if isinstance(layer, lk.nn.QuantLinear))
-    assert path.stat().st_size < weights + 12000  # integers, not floats, and the graph
+    assert path.stat().st_size < weights + 16000  # integers, not floats, and the graph
     options = onnxruntime.SessionOptions()
     # Left alone, onnxruntime quantizes the activations of weight-only layers, too.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
