@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help venv demo test bench fuzz lint format wheel clean
+.PHONY: help venv demo test bench fuzz cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -41,6 +41,16 @@ fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz > /dev/null
 	for isa in generic ssse3 avx2 avx512vnni avx512vbmi2; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
+
+# The architectures of csrc/cuda/CMakeLists.txt: 80 and 90a.
+cuda-check: ## Every CUDA source compiles without a warning and without a spilled register
+	@mkdir -p build/cuda-check
+	for source in $(wildcard csrc/cuda/*.cu); do \
+	  nvcc -std=c++17 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
+	    -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+	    -c $$source -o build/cuda-check/$$(basename $$source).o 2>&1 | tee build/cuda-check/$$(basename $$source).log; \
+	  ! grep -E '[1-9][0-9]* bytes spill' build/cuda-check/$$(basename $$source).log; \
+	done
 
 lint: .venv/.deps ## ruff, mypy, clang-format: report
 	$(BIN)/ruff check .

@@ -4,11 +4,14 @@ Defined by torch.library's define/impl, so torch.compile, torch.export and autog
 once, here, and the backends trust them.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lepton_kernels import reference
-from lepton_kernels._backends import cpu
+from lepton_kernels._backends import cpu, triton
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +28,14 @@ _library.define(
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        _check(
+            tensor is None or tensor.device == x.device,
+            f"{name} is on {tensor is not None and tensor.device}, x on {x.device}; allowed: one device for all",
+        )
 
 
 def check_input(x: Tensor, k: int) -> None:
@@ -49,6 +60,7 @@ def check_int8(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Ten
         weight_packed.dim() == 2 and weight_packed.dtype is torch.int8,
         f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int8 [n, k]",
     )
+    _check_devices(x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
     n, k = weight_packed.shape
     check_input(x, k)
     _check(
@@ -74,6 +86,9 @@ def check_int4(
         group_size == -1 or (group_size > 0 and group_size % 16 == 0),
         f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row",
     )
+    _check_devices(
+        x, weight_packed=weight_packed, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias
+    )
     n, words = weight_packed.shape
     check_input(x, x.shape[-1])
     k = x.shape[-1]
@@ -90,28 +105,37 @@ def check_int4(
     _check_bias(bias, n)
 
 
-def _gemm_int8_cpu(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
-) -> Tensor:
-    check_int8(x, weight_packed, weight_scale, bias)
-    return cpu.gemm_int8(x, weight_packed, weight_scale, bias, quantize_activations)
+def _int8_on(backend: ModuleType) -> Callable[..., Tensor]:
+    def gemm_int8(
+        x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+    ) -> Tensor:
+        check_int8(x, weight_packed, weight_scale, bias)
+        return backend.gemm_int8(x, weight_packed, weight_scale, bias, quantize_activations)
+
+    return gemm_int8
 
 
-def _gemm_int4_cpu(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    quantize_activations: bool,
-) -> Tensor:
-    check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
-    return cpu.gemm_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations)
+def _int4_on(backend: ModuleType) -> Callable[..., Tensor]:
+    def gemm_int4(
+        x: Tensor,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        weight_zero_point: Tensor | None,
+        bias: Tensor | None,
+        group_size: int,
+        quantize_activations: bool,
+    ) -> Tensor:
+        check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
+        return backend.gemm_int4(
+            x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations
+        )
+
+    return gemm_int4
 
 
-_library.impl("gemm_int8", _gemm_int8_cpu, "CPU")
-_library.impl("gemm_int4", _gemm_int4_cpu, "CPU")
+for _key, _backend in (("CPU", cpu), ("CUDA", triton)):
+    _library.impl("gemm_int8", _int8_on(_backend), _key)
+    _library.impl("gemm_int4", _int4_on(_backend), _key)
 
 
 @torch.library.register_fake("lepton::gemm_int8")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lepton_kernels._backends import cpu
+from lepton_kernels._backends import kernel_name
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
@@ -148,7 +148,7 @@ def quantize_(
         setattr(parent, attribute, new)
         if first:
             linear = isinstance(new, QuantLinear)
-            kernel = cpu.kernel_name(chosen.weight_bits, chosen.activation == "int8") if linear else "torch"
+            kernel = kernel_name(chosen.name, new.weight_scale.device.type) if linear else "torch"
             report.rows.append(
                 LayerRow(name, shape, chosen.name if linear else "int8", before, _bytes(new), error_value, kernel)
             )

@@ -7,5 +7,6 @@ namespace lepton {
 
 void bind_cpu(pybind11::module_& module);
 void bind_codec(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 
 }  // namespace lepton

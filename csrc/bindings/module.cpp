@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Lepton's native kernels. Internal: use lepton_kernels' public names.";
   lepton::bind_cpu(module);
   lepton::bind_codec(module);
+  lepton::bind_cuda(module);
 }

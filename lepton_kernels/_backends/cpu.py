@@ -3,13 +3,12 @@
 The tiled layout that a kernel reads is made from the saved layout on first use and kept while the saved weight lives.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -26,40 +25,7 @@ class Packed(NamedTuple):
     group: int
 
 
-class _Entry(NamedTuple):
-    packed: Packed
-    sources: tuple[tuple[StorageWeakRef, int], ...]  # the weak storage and version of every tensor it was made from
-
-
-# The key holds a storage's address; the entry's weak reference keeps that address from being given to another storage.
-_cache: dict[tuple[Any, ...], _Entry] = {}
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count and stand at 0."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _key(tensors: tuple[Tensor, ...], k: int) -> tuple[Any, ...]:
-    return (k, *(value for t in tensors for value in (t.untyped_storage()._cdata, t.storage_offset())))
-
-
-def _lookup(key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Packed | None:
-    entry = _cache.get(key)
-    if entry is None:
-        return None
-    for tensor, (storage, seen) in zip(tensors, entry.sources, strict=True):
-        if storage.expired() or version(tensor) != seen:
-            del _cache[key]
-            return None
-    return entry.packed
-
-
-def _remember(key: tuple[Any, ...], tensors: tuple[Tensor, ...], packed: Packed) -> None:
-    for old in [old for old, entry in _cache.items() if any(storage.expired() for storage, _ in entry.sources)]:
-        del _cache[old]
-    sources = tuple((StorageWeakRef(t.untyped_storage()), version(t)) for t in tensors)
-    _cache[key] = _Entry(packed, sources)
+_packed: Derived[Packed] = Derived()
 
 
 def _allocate(n: int, k: int, bits: int, group: int) -> Packed:
@@ -69,26 +35,23 @@ def _allocate(n: int, k: int, bits: int, group: int) -> Packed:
 
 def pack_int8(weight_packed: Tensor, weight_scale: Tensor) -> Packed:
     """The tiles of weight_packed int8 [n, k] and weight_scale f32 [n, 1]; made once, then found again."""
-    sources = (weight_packed, weight_scale)
-    n, k = weight_packed.shape
-    key = _key(sources, k)
-    packed = _lookup(key, sources)
-    if packed is None:
+
+    def make() -> Packed:
+        n, k = weight_packed.shape
         packed = _allocate(n, k, 8, k)
         weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
         C.pack_int8(weight.data_ptr(), scale.data_ptr(), n, k, packed.address)
-        _remember(key, sources, packed)
-    return packed
+        return packed
+
+    return _packed.get((weight_packed, weight_scale), (), make)
 
 
 def pack_int4(
     weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int
 ) -> Packed:
     """The tiles of weight_packed int32 [n, ceil(k / 8)], one scale and zero point a group of group_size (-1: a row)."""
-    sources = (weight_packed, weight_scale) + (() if weight_zero_point is None else (weight_zero_point,))
-    key = _key(sources, k)
-    packed = _lookup(key, sources)
-    if packed is None:
+
+    def make() -> Packed:
         n, words = weight_packed.shape
         packed = _allocate(n, k, 4, k if group_size == -1 else min(group_size, -(-k // 16) * 16))
         weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
@@ -97,8 +60,10 @@ def pack_int4(
             weight.data_ptr(), 4 * words, scale.data_ptr(), 0 if zero is None else zero.data_ptr(),
             n, k, packed.group, packed.address,
         )  # fmt: skip
-        _remember(key, sources, packed)
-    return packed
+        return packed
+
+    sources = (weight_packed, weight_scale) + (() if weight_zero_point is None else (weight_zero_point,))
+    return _packed.get(sources, (k, group_size), make)
 
 
 def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: bool) -> Tensor:
@@ -137,10 +102,3 @@ def gemm_int4(
     """The operator lepton::gemm_int4 on CPU tensors."""
     packed = pack_int4(weight_packed, weight_scale, weight_zero_point, x.shape[-1], group_size)
     return gemm(x, packed, bias, quantize_activations)
-
-
-@functools.cache
-def kernel_name(bits: int, quantize_activations: bool) -> str:
-    """What serves a scheme on this machine, as lk.backends() and the reports show it."""
-    kernel = f"gemm_int{bits}" if quantize_activations else "gemm_dequant"
-    return f"{kernel}[{C.isa()}]"

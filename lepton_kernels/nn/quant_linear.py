@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lepton_kernels import _ops, reference
 from lepton_kernels._backends import cpu
+from lepton_kernels._backends.derived import version
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 
@@ -66,15 +67,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         quantize_activations = self.scheme.activation == "int8"
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         if (
             torch.compiler.is_compiling()
-            or x.device.type != "cpu"
+            or device != "cpu"
             or type(x) is not Tensor
             or (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)))
         ):
             return self._forward_op(x, quantize_activations)
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
         _ops.check_input(x, self.in_features)
         return cpu.gemm(x, self._tiles(), self.bias, quantize_activations)
 
@@ -90,7 +92,7 @@ class QuantLinear(nn.Module):
 
     def _tiles(self) -> cpu.Packed:
         known = self._packed
-        if known is not None and known[0] is self.weight_packed and known[1] == cpu.version(self.weight_packed):
+        if known is not None and known[0] is self.weight_packed and known[1] == version(self.weight_packed):
             return known[2]
         if self.weight_packed.is_meta:
             raise RuntimeError(
@@ -102,7 +104,7 @@ class QuantLinear(nn.Module):
             packed = cpu.pack_int4(
                 self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.scheme.group_size
             )
-        self._packed = (self.weight_packed, cpu.version(self.weight_packed), packed)
+        self._packed = (self.weight_packed, version(self.weight_packed), packed)
         return packed
 
     @property

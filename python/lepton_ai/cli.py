@@ -70,7 +70,7 @@ def doctor(as_json: Json = False) -> None:
         ("threads", f"{found['threads']} on {found['processors']} processors{quota}"),
         ("GPU", found["gpu"] or "none"),
         ("triton", found["triton"] or "not installed"),
-        *((f"{scheme} on", kernel) for scheme, kernel in found["kernels"].items()),
+        *found["kernels"].items(),
     ]:
         table.add_row(name, str(value))
     console.print(table)

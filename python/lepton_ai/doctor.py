@@ -92,6 +92,9 @@ def diagnose() -> dict[str, Any]:
         "cpu_quota": quota,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "kernels": backends["cpu"],
+        "kernels": {
+            **{f"{scheme} on the CPU": kernel for scheme, kernel in backends["cpu"].items()},
+            **({f"{scheme} on the GPU": kernel for scheme, kernel in (backends["cuda"] or {}).items()} if gpu else {}),
+        },
         "problems": problems,
     }

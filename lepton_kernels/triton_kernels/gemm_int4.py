@@ -1,0 +1,81 @@
+"""int4 group-wise GEMM: Y[m, n] = X[m, k] @ ((V - zero) * scale)[n, k]^T + bias, one scale and zero point a group of k.
+
+A group's sum is made first and scaled after, in group order: one product a group instead of one a weight. V - zero lies
+in -15..15, exact in every operand type. INTEGER (w4a8): X holds q - 128 of quantize_rows, a group's sum is exact int32,
+    Y = sum over groups of (sum q'v - zero' * sum v) * scale, times row_scale, + bias.
+Else (w4a16): weights are widened to X's type and sums are float32.
+"""
+
+import triton
+import triton.language as tl
+
+from lepton_kernels.triton_kernels.tiles import store_tile, tile_of_program
+
+
+@triton.jit
+def add_block(
+    sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, k0, end,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """sums + X[:, k0 : end] @ (V - zero)[:, k0 : end]^T, at most BLOCK_K columns; k0 is even."""
+    ks = k0 + tl.arange(0, BLOCK_K)
+    pairs = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+    x = tl.load(x_row_ptr + ks[None, :], row_ok[:, None] & (ks < end)[None, :], 0)
+    packed = tl.load(w_col_ptr + pairs[:, None], col_ok[None, :] & (2 * pairs < end)[:, None], 0)
+    v = tl.join(packed & 15, packed >> 4).permute(0, 2, 1).reshape(BLOCK_K, BLOCK_N).to(tl.int8) - 8
+    if zero is not None:
+        v -= zero[None, :]
+    return tl.dot(x, v.to(x.dtype), sums, input_precision="ieee", out_dtype=sums.dtype)
+
+
+@triton.jit
+def gemm_int4(
+    x_ptr,  # i8 or float [m, k], rows x_stride apart
+    w_ptr,  # u8 [n, row_bytes]: V + 8, k = 2i in byte i's low nibble, 2i + 1 in its high one
+    scale_ptr,  # bf16 or f32 [n, groups]
+    zero_ptr,  # i8 [n, groups], or None
+    row_scale_ptr,  # f32 [m], or None
+    row_zero_ptr,  # i32 [m], zero - 128, or None
+    group_sum_ptr,  # i32 [n, groups], sum of V - zero in the group, or None
+    bias_ptr,  # f32 [n], or None
+    y_ptr,  # float [m, n]
+    m,
+    n,
+    k,
+    x_stride,
+    row_bytes,
+    groups,
+    INTEGER: tl.constexpr,
+    GROUP: tl.constexpr,  # consecutive k that share a scale: even, or all of them
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows, cols = tile_of_program(m, n, BLOCK_M, BLOCK_N)
+    row_ok = rows < m
+    col_ok = cols < n
+    x_row_ptr = x_ptr + rows[:, None] * x_stride
+    w_col_ptr = w_ptr + cols[None, :].to(tl.int64) * row_bytes
+    of_group = cols.to(tl.int64) * groups
+    if INTEGER:
+        row_zero = tl.load(row_zero_ptr + rows, row_ok, 0)
+
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for group in range(0, groups):
+        end = tl.minimum((group + 1) * GROUP, k)
+        zero = None if zero_ptr is None else tl.load(zero_ptr + of_group + group, col_ok, 0)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
+        if GROUP <= BLOCK_K:  # no inner loop: only innermost loops load ahead
+            sums = add_block(
+                sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, group * GROUP, end, BLOCK_K, BLOCK_N
+            )
+        else:
+            for k0 in range(group * GROUP, end, BLOCK_K):
+                sums = add_block(sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, k0, end, BLOCK_K, BLOCK_N)
+        if INTEGER:
+            sums -= row_zero[:, None] * tl.load(group_sum_ptr + of_group + group, col_ok, 0)[None, :]
+        y += sums.to(tl.float32) * tl.load(scale_ptr + of_group + group, col_ok, 0.0).to(tl.float32)[None, :]
+
+    if INTEGER:
+        y *= tl.load(row_scale_ptr + rows, row_ok, 0.0)[:, None]
+    store_tile(y, bias_ptr, y_ptr, rows, cols, m, n)

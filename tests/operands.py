@@ -1,0 +1,29 @@
+"""Random operands of the quantized products, and how far a float product may be off."""
+
+import torch
+
+from lepton_kernels import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far a float product may be off: k roundings of the sum of magnitudes, and one of the output's type."""
+    magnitude = x.float().abs() @ weight.abs().T + 1
+    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps)
+
+
+def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator):
+    x = torch.randn(m, k, generator=rng).to(dtype)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
+    scale = torch.rand(n, 1, generator=rng) * 0.01 + 1e-3
+    return x, weight, scale, torch.randn(n, generator=rng)
+
+
+def make_int4(m: int, n: int, k: int, group_size: int, symmetric: bool, dtype: torch.dtype, rng: torch.Generator):
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    x = torch.randn(m, k, generator=rng).to(dtype)
+    values = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng)
+    scale = (torch.rand(n, groups, generator=rng) * 0.1 + 1e-3).to(torch.bfloat16)
+    zero = None if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=rng)
+    return x, reference.pack_int4(values), scale, zero, torch.randn(n, generator=rng)
