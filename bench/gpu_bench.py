@@ -105,9 +105,7 @@ def table(rows: list[dict], limits: dict[str, float]) -> str:
     lines = [header, ["---"] * len(header)]
     for row in rows:
         peak = limits["int8_tops"] if row["scheme"].endswith("a8") else limits["bf16_tflops"]
-        limit = max(
-            2 * row["m"] * row["n"] * row["k"] / peak / 1e9, row["weight_bytes"] / (limits["copy_gb_s"] * 1e6)
-        )
+        limit = max(2 * row["m"] * row["n"] * row["k"] / peak / 1e9, row["weight_bytes"] / (limits["copy_gb_s"] * 1e6))
         lines.append([
             f"{row['m']}, {row['n']}, {row['k']}", row["scheme"], f"{row['ms']:.4f}", f"{limit / row['ms']:.0%}",
             f"{row['peers']['torch bf16'] / row['ms']:.2f}", *(f"{ms:.4f}" for ms in row["peers"].values()),
@@ -126,9 +124,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name(0)
     limits, rows = ceilings(), measure()
-    machine = dict(
-        gpu=gpu, torch=torch.__version__, triton=triton.__version__, commit=commit or "unknown"
-    )
+    machine = dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, commit=commit or "unknown")
     if path:
         path.write_text(json.dumps(dict(machine=machine, ceilings=limits, rows=rows), indent=1))
     print(" · ".join(f"{name} {value}" for name, value in machine.items()))

@@ -1,4 +1,4 @@
-"""What a backend derives from a saved weight (tiles, sums): made on first use, kept while that weight lives unchanged."""
+"""What a backend derives from a saved weight (tiles, sums): made on first use, kept while it lives unchanged."""
 
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar

@@ -66,9 +66,7 @@ def gemm_int4(
         zero = None if zero_ptr is None else tl.load(zero_ptr + of_group + group, col_ok, 0)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
         if GROUP <= BLOCK_K:  # no inner loop: only innermost loops load ahead
-            sums = add_block(
-                sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, group * GROUP, end, BLOCK_K, BLOCK_N
-            )
+            sums = add_block(sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, group * GROUP, end, BLOCK_K, BLOCK_N)
         else:
             for k0 in range(group * GROUP, end, BLOCK_K):
                 sums = add_block(sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, k0, end, BLOCK_K, BLOCK_N)

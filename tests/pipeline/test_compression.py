@@ -179,7 +179,7 @@ def test_doctor_names_a_problem_and_its_fix():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["isa"] == "generic"
-    assert found["kernels"]["w8a8"] == "gemm_int8[generic]"
+    assert found["kernels"]["w8a8 on the CPU"] == "gemm_int8[generic]"
     if found["isa_of_machine"] != "generic":
         assert {"problem", "fix"} == set(found["problems"][0])
         assert found["problems"][0]["fix"] == "unset LEPTON_MAX_ISA"
