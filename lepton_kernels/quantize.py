@@ -148,7 +148,7 @@ def quantize_(
         setattr(parent, attribute, new)
         if first:
             linear = isinstance(new, QuantLinear)
-            kernel = kernel_name(chosen.name, new.weight_scale.device.type) if linear else "torch"
+            kernel = kernel_name(chosen.name, str(new.weight_scale.device.type)) if linear else "torch"
             report.rows.append(
                 LayerRow(name, shape, chosen.name if linear else "int8", before, _bytes(new), error_value, kernel)
             )
