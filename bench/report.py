@@ -20,13 +20,14 @@ ran in one process, in turn; medians. "of limit": the time that the machine's li
 divided by ours: the larger of operations / peak and weight bytes / bandwidth. "best peer / ours" above 1: we are the
 faster one.
 """
+FLOAT_PEAKS = "fp32_gflops", "bf16_gflops", "fp16_gflops", "amx_bf16_gflops"
 
 
 def limit_seconds(info: dict, limits: dict) -> float:
     """The least time a product can take here: its operations at the peak, or its weights at a cache's bandwidth."""
     integer = not info["table"].endswith("a16")
-    peaks = [limits["int8_gops"]] if integer else [limits["fp32_gflops"], limits["bf16_gflops"], limits["fp16_gflops"]]
-    peak = max(p[1] for p in peaks if p)
+    names = ("int8_gops", "amx_int8_gops") if integer else FLOAT_PEAKS
+    peak = max(limits[name][1] for name in names if limits[name])
     if "memory" in info["column"]:
         bandwidth = max(limits["dram_read_gb_s"][1], limits["dram_read_prefetch_gb_s"][1])
     elif info["weight_bytes"] < limits["threads"][1] * roof.cache_kib(2) * 1024:

@@ -5,6 +5,8 @@
 // multiply-add. Every figure for one thread and for all threads together, each pinned to a core of its own.
 #include <immintrin.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -133,6 +135,30 @@ double giga_ops(const std::vector<int>& cores, double ops, Step step) {
   return chains(std::make_integer_sequence<int, kChains>()) / 1e9;
 }
 
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+// Tile registers are the system's to grant, once a process.
+bool have_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Billions of operations a second of multiply() on four tiles of sums, each 16 rows of 64 bytes; `ops` a call.
+template <typename Multiply>
+double amx_giga_ops(const std::vector<int>& cores, double ops, Multiply multiply) {
+  constexpr int kRounds = 2'000'000;
+  return rate(cores,
+              [&](int) {
+                alignas(64) uint8_t config[64] = {1};  // palette 1, then bytes a row and rows of each tile
+                for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+                _tile_loadconfig(config);
+                for (int i = 0; i < kRounds; ++i) multiply();
+                _tile_release();
+                return ops * kRounds;
+              }) /
+         1e9;
+}
+#endif
+
 void print(const char* name, const std::vector<int>& cores,
            const std::function<double(const std::vector<int>&)>& measure, const char* end = ",") {
   std::printf("  \"%s\": [%.1f, %.1f]%s\n", name, measure({cores[0]}), measure(cores), end);
@@ -179,6 +205,30 @@ int main(int argc, char** argv) {
   });
   std::printf("  \"int8_instruction\": \"vpmaddwd + vpaddd ymm (exact)\",\n");
 #endif
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+  const bool amx = have_amx();
+  if (amx) {
+    print("amx_int8_gops", cores, [](auto& c) {
+      return amx_giga_ops(c, 4 * 2 * 16 * 16 * 64, [] {
+        _tile_dpbusd(0, 6, 7);
+        _tile_dpbusd(1, 6, 7);
+        _tile_dpbusd(2, 6, 7);
+        _tile_dpbusd(3, 6, 7);
+      });
+    });
+    print("amx_bf16_gflops", cores, [](auto& c) {
+      return amx_giga_ops(c, 4 * 2 * 16 * 16 * 32, [] {
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_dpbf16ps(3, 6, 7);
+      });
+    });
+  }
+#else
+  const bool amx = false;
+#endif
+  if (!amx) std::printf("  \"amx_int8_gops\": null,\n  \"amx_bf16_gflops\": null,\n");
 #if defined(__AVX512BF16__)
   print("bf16_gflops", cores, [](auto& c) {
     __m512i a = _mm512_set1_epi16(0x3f80), b = _mm512_set1_epi16(0x3f00);

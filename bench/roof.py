@@ -18,6 +18,8 @@ LABELS = {
     "llc_read_gb_s": "last-level cache read, GB/s",
     "l2_read_gb_s": "L2 read, GB/s",
     "int8_gops": "int8 multiply-add, GOPS",
+    "amx_int8_gops": "int8 tiles (AMX), GOPS",
+    "amx_bf16_gflops": "bf16 tiles (AMX), GFLOP/s",
     "bf16_gflops": "bf16 dot, GFLOP/s",
     "fp16_gflops": "fp16 multiply-add, GFLOP/s",
     "fp32_gflops": "fp32 multiply-add, GFLOP/s",
