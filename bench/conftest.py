@@ -14,9 +14,10 @@ import torch
 import lepton_kernels as lk
 
 THREADS = int(os.environ.get("LEPTON_BENCH_THREADS", len(os.sched_getaffinity(0))))
-SECONDS = float(os.environ.get("LEPTON_BENCH_SECONDS", "2"))  # of one race
+SECONDS = float(os.environ.get("LEPTON_BENCH_SECONDS", "3"))  # of one race
 ROUNDS = 7, 400  # at least, at most
-WARM_UP = 0.01  # seconds: longer than the threads of the contender before go on spinning
+PAUSE = 0.03  # seconds before a contender: onnxruntime's threads spin on for up to 20 ms and would hold a core
+WARM_UP = 0.01  # seconds of calls before the one that counts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -50,7 +51,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def race(benchmark) -> Callable[..., None]:
     """race(ours, rivals): median time of each, in one process, in turn, round by round.
 
-    In a round each contender makes calls to warm up, and one that counts. `ours` is what pytest-benchmark reports;
+    In a round each contender waits for the threads of the one before, makes calls to warm up, and one that counts. `ours` is what pytest-benchmark reports;
     medians in seconds of all, by name, go to benchmark.extra_info["medians"].
     """
 
@@ -58,6 +59,7 @@ def race(benchmark) -> Callable[..., None]:
         times: dict[str, list[float]] = {rival: [] for rival in rivals}
 
         def warm_up(call: Callable[[], object]) -> None:
+            time.sleep(PAUSE)
             stop = time.perf_counter() + WARM_UP
             call()
             while time.perf_counter() < stop:
