@@ -51,7 +51,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def race(benchmark) -> Callable[..., None]:
     """race(ours, rivals): median time of each, in one process, in turn, round by round.
 
-    In a round each contender waits for the threads of the one before, makes calls to warm up, and one that counts. `ours` is what pytest-benchmark reports;
+    In a round each contender waits for the threads of the one before, makes calls to warm up, and one that counts.
+    `ours` is what pytest-benchmark reports;
     medians in seconds of all, by name, go to benchmark.extra_info["medians"].
     """
 
