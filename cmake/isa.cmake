@@ -3,12 +3,13 @@
 # Every kernel exists at every level, so a kernel table is never sparse. Flags are per object: nothing but
 # .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be compiled above the baseline.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(LEPTON_ISAS generic ssse3 avx2 avx512vnni avx512vbmi2)
+  set(LEPTON_ISAS generic ssse3 avx2 avx512vnni avx512vbmi2 amx)
   set(LEPTON_FLAGS_generic -march=x86-64)
   set(LEPTON_FLAGS_ssse3 -march=x86-64-v2)
   set(LEPTON_FLAGS_avx2 -march=x86-64-v3)
   set(LEPTON_FLAGS_avx512vnni -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512)
   set(LEPTON_FLAGS_avx512vbmi2 ${LEPTON_FLAGS_avx512vnni} -mavx512vbmi -mavx512vbmi2 -mavx512bitalg -mavx512vpopcntdq)
+  set(LEPTON_FLAGS_amx ${LEPTON_FLAGS_avx512vbmi2} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
 else()
   set(LEPTON_ISAS generic)
   set(LEPTON_FLAGS_generic "")
@@ -22,7 +23,7 @@ function(lepton_kernel target source)
     add_library(${object} OBJECT ${source})
     target_compile_definitions(${object} PRIVATE LEPTON_ISA=${isa} LEPTON_ISA_${ISA})
     # -ffp-contract=off: a fused multiply-add only where the source says so; the levels must agree to the last bit.
-    target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno
+    target_compile_options(${object} PRIVATE ${LEPTON_FLAGS_${isa}} -ffp-contract=off -fno-math-errno -fno-exceptions
       # gcc 12 warns about its own _mm512_undefined_* (GCC bug 105593).
       -Wno-maybe-uninitialized -Wno-uninitialized)
     target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)

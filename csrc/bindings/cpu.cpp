@@ -36,7 +36,7 @@ PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group) {
 
 int64_t packed_bytes(int n, int k, int bits, int group) {
   const PackedWeight weight = packed_view(0, n, k, bits, group);
-  return weight.data_bytes() + weight.meta_bytes();
+  return weight.total_bytes();
 }
 
 void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,

@@ -15,7 +15,7 @@
 
 #include "cpu/kernel_table.h"
 
-#if defined(LEPTON_ISA_AVX512VBMI2)
+#if defined(__AVX512VBMI2__)
 #include "codec/huffman_vbmi2.h"
 #elif defined(LEPTON_ISA_GENERIC)
 #include "codec/huffman_generic.h"

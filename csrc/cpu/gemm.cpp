@@ -15,12 +15,16 @@ namespace {
 // Rows of prepared activations that a tile works on: they are read again for every panel, so they should stay in a
 // second-level cache, of which half a megabyte is what small cores have.
 constexpr int64_t kActivationBytes = 256 * 1024;
+// Tile registers use weights so fast that reading them from memory is what costs; processors that have them have 2 MiB.
+constexpr int64_t kTileActivationBytes = 1024 * 1024;
 // Floats are read once for every block of widened weights, so that many rows share the widening.
 constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;
 // Below this many multiplications a second thread costs more than it saves (a fork and join take a few microseconds).
 constexpr int64_t kParallelWork = 400 * 1000;
 // Tiles per thread: enough that a late thread costs little, few enough that dealing them out costs nothing.
 constexpr int kTilesPerThread = 4;
+// A tile's rows are a multiple of what a kernel takes at a time: 6 or 12 with vectors, 32 with tile registers.
+constexpr int kRowMultiple = 12, kTileRowMultiple = 32;
 // A panel group of a tile holds a multiple of this many panels, the most that a kernel takes side by side.
 constexpr int kPanelMultiple = 4;
 
@@ -73,7 +77,8 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   }
   const bool bytes = args.weight.bits == 4;
   const int64_t stride = odd_lines(int64_t(round_up(k, 16)) / kQuad * (bytes ? kQuad : quad_bytes(isa)));
-  const size_t q_bytes = size_t(m) * size_t(stride), row_bytes = size_t(round_up(m, 16)) * 4;
+  // Tile registers read whole blocks of rows; what they make of the rows past m is not used.
+  const size_t q_bytes = size_t(round_up(m, 16)) * size_t(stride), row_bytes = size_t(round_up(m, 16)) * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + row_bytes * (2 + (bytes ? size_t(groups) : 0))));
   plan.quantized = {args.x,
                     args.dtype,
@@ -153,8 +158,13 @@ void gemm(const GemmArgs& args) {
   thread_local Scratch scratch;
   const Activations plan = plan_activations(args, isa, scratch);
   const int64_t row_bytes = args.quantize_activations ? plan.quantized.q_stride : int64_t(k) * 4;
-  const int64_t tile_bytes = args.quantize_activations ? kActivationBytes : kFloatActivationBytes;
-  const int row_block = int(std::clamp<int64_t>(tile_bytes / std::max<int64_t>(row_bytes, 1) / 12 * 12, 12, m));
+  const bool tiles = args.quantize_activations && isa == Isa::amx;
+  const int64_t tile_bytes = tiles                       ? kTileActivationBytes
+                             : args.quantize_activations ? kActivationBytes
+                                                         : kFloatActivationBytes;
+  const int multiple = tiles ? kTileRowMultiple : kRowMultiple;
+  const int64_t rows_that_fit = tile_bytes / std::max<int64_t>(row_bytes, 1) / multiple * multiple;
+  const int row_block = int(std::min<int64_t>(std::max<int64_t>(rows_that_fit, multiple), m));
   const int row_tiles = divide_up(m, row_block);
 
   const int prepare_threads = int64_t(m) * k < kParallelWork / 4 ? 1 : threads;
@@ -173,7 +183,7 @@ void gemm(const GemmArgs& args) {
     const int rows = std::min(row_block, m - row0);
     GemmTile tile = tile_of(plan, args, row0, rows, panel0, std::min(panels, panel0 + tile_panels));
     thread_local Scratch sums;
-    if (!args.quantize_activations) tile.sums = static_cast<float*>(sums.get(size_t(rows) * kPanel * sizeof(float)));
+    if (rows > 1) tile.sums = sums.get(size_t(sums_bytes(rows)));
     kernel(tile);
   });
   scratch.trim();

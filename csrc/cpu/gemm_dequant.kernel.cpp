@@ -156,9 +156,10 @@ void gemm_dequant_tile(const GemmTile& tile) {
   if (tile.rows <= kDirectRows)
     return tile.weight.bits == 8 ? multiply_up_to_four<8>(tile) : multiply_up_to_four<4>(tile);
   alignas(64) float block[(kBlock + kNibbleBlock) * kPanel];
+  float* const sums = static_cast<float*>(tile.sums);
   const int k = tile.weight.k;
   for (int panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
-    __builtin_memset(tile.sums, 0, sizeof(float) * kPanel * size_t(tile.rows));
+    __builtin_memset(sums, 0, sizeof(float) * kPanel * size_t(tile.rows));
     for (int k0 = 0; k0 < k; k0 += kBlock) {
       const int count = k - k0 < kBlock ? k - k0 : kBlock;
       if (tile.weight.bits == 8)
@@ -166,7 +167,7 @@ void gemm_dequant_tile(const GemmTile& tile) {
       else
         widen<4>(tile.weight, panel, k0, block);
       for_row_blocks<kFloatRows>(tile.rows, [&]<int rows>(int row) {
-        multiply<rows>(tile.x + row * tile.x_stride + k0, tile.x_stride, block, count, tile.sums + row * kPanel);
+        multiply<rows>(tile.x + row * tile.x_stride + k0, tile.x_stride, block, count, sums + row * kPanel);
       });
     }
     const F32x16 bias = load_bias(tile, panel);
@@ -174,7 +175,7 @@ void gemm_dequant_tile(const GemmTile& tile) {
                              ? load_f32<Dtype::f32>(static_cast<const Int8Meta*>(tile.weight.meta)[panel].scale)
                              : broadcast_f32(1);
     for (int r = 0; r < tile.rows; ++r)
-      store_output(tile, r, panel, add(mul(load_f32<Dtype::f32>(tile.sums + r * kPanel), scale), bias));
+      store_output(tile, r, panel, add(mul(load_f32<Dtype::f32>(sums + r * kPanel), scale), bias));
   }
 }
 

@@ -66,9 +66,85 @@ LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
 
 constexpr int kVectorPanels = 2;  // panels side by side for one row
 
+#if defined(LEPTON_ISA_AMX)
+// Steps of k that are unpacked at a time: weights of two panels that stay in the first-level cache.
+constexpr int kStepBlock = 8;
+
+// s8 [steps * 16][16][4]: nibble - zero for k from `k0` on, and zeros from `end` on, up to whole steps.
+LEPTON_INLINE void unpack(const PackedWeight& weight, int panel, int group, int k0, int end, uint8_t* out) {
+  const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel) * weight.groups() + group];
+  const __m512i zero = _mm512_mullo_epi32(load_i32(meta.zero).v, _mm512_set1_epi32(0x01010101));
+  const __m512i low = _mm512_set1_epi8(0xf);
+  const uint8_t* w = weight.data + panel * weight.panel_bytes() + int64_t(k0) * kPanel / 2;
+  const int pairs = round_up(end - k0, kNibbleBlock) / (2 * kQuad);
+  for (int i = 0; i < pairs; ++i, w += 64, out += 128) {
+    const __m512i pair = _mm512_loadu_si512(w);
+    _mm512_store_si512(out, _mm512_sub_epi8(_mm512_and_si512(pair, low), zero));
+    _mm512_store_si512(out + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(pair, 4), low), zero));
+  }
+  const int padding = round_up(end - k0, kTileStep) - round_up(end - k0, kNibbleBlock);
+  __builtin_memset(out, 0, size_t(padding) * kPanel);
+}
+
+// y[rows][kTileSumsRow] += one group's exact sums, scaled; the last group's result goes to Y.
+LEPTON_INLINE void add_group(const GemmTile& tile, int row, int rows, int panel, int group, const int32_t* sums,
+                             float* y) {
+  const int groups = tile.weight.groups();
+  const Int4Meta& meta = static_cast<const Int4Meta*>(tile.weight.meta)[int64_t(panel) * groups + group];
+  const I32x16 column_sum = load_i32(meta.column_sum);
+  const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel);
+  for (int r = 0; r < rows; ++r, sums += kTileSumsRow, y += kTileSumsRow) {
+    const I32x16 sum = sub(load_i32(sums), mul(column_sum, broadcast_i32(tile.row_zero[row + r])));
+    const F32x16 before = group == 0 ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
+    const F32x16 after = add(before, mul(to_f32(sum), scale));
+    if (group + 1 < groups)
+      store_f32<Dtype::f32>(y, after);
+    else
+      store_output(tile, row + r, panel, add(mul(after, broadcast_f32(tile.row_scale[row + r])), bias));
+  }
+}
+
+template <int panels>
+LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
+  alignas(64) uint8_t block[panels][kStepBlock * kTileStep * kPanel];
+  const PackedWeight& weight = tile.weight;
+  int32_t* const sums = static_cast<int32_t*>(tile.sums);
+  float* const y = reinterpret_cast<float*>(sums + round_up(tile.rows, kTileRowBlock) * kTileSumsRow);
+  for (int group = 0, k0 = 0; k0 < weight.k; ++group, k0 += weight.group) {
+    const int group_end = k0 + weight.group < weight.k ? k0 + weight.group : weight.k;
+    for (int begin = k0; begin < group_end; begin += kStepBlock * kTileStep) {
+      const int end = begin + kStepBlock * kTileStep < group_end ? begin + kStepBlock * kTileStep : group_end;
+      const int steps = divide_up(end - begin, kTileStep);
+      for (int p = 0; p < panels; ++p) unpack(weight, panel + p, group, begin, end, block[p]);
+      for (int row = 0; row < tile.rows; row += kTileRowBlock) {
+        const int rows = tile.rows - row < kTileRowBlock ? tile.rows - row : kTileRowBlock;
+        const uint8_t* a = tile.q + row * tile.q_stride + begin;
+        int32_t* out = sums + row * kTileSumsRow;
+        if (rows > kTileRows)
+          tile_multiply<2, panels>(a, tile.q_stride, block[0], sizeof(block[0]), steps, begin == k0, out);
+        else
+          tile_multiply<1, panels>(a, tile.q_stride, block[0], sizeof(block[0]), steps, begin == k0, out);
+        if (end < group_end) continue;
+        for (int p = 0; p < panels; ++p)
+          add_group(tile, row, rows, panel + p, group, out + p * kPanel, y + row * kTileSumsRow + p * kPanel);
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 void gemm_int4_tile(const GemmTile& tile) {
+#if defined(LEPTON_ISA_AMX)
+  if (tile.rows >= kTileLeastRows) {
+    const TileScope registers;
+    int panel = tile.panel_begin;
+    for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<kTilePanels>(tile, panel);
+    if (panel < tile.panel_end) multiply_tiles<1>(tile, panel);
+    return;
+  }
+#endif
   int panel = tile.panel_begin;
   if (tile.rows == 1) {
     for (; panel + kVectorPanels <= tile.panel_end; panel += kVectorPanels) multiply<1, kVectorPanels>(tile, 0, panel);

@@ -24,17 +24,24 @@ struct GemmTile {
   const int32_t* row_zero;
   const int32_t* row_group_sum;  // [rows, groups], 4 bit only
 
-  // Float activations (gemm_dequant; up to kDirectRows rows need no sums): f32 rows, and f32 sums [rows][16] for the
-  // kernel to keep between blocks of k.
+  // Float activations (gemm_dequant): f32 rows.
   const float* x;
   int64_t x_stride;
-  float* sums;
+
+  void* sums;  // 64-byte aligned, for the kernel: sums_bytes()
 
   const float* bias;  // [n] or null
   void* y;            // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
 };
+
+// Bytes that a kernel may want for `rows` rows between blocks of k: two 32-bit values for each column of two panels,
+// and rows up to the next block of tile registers.
+constexpr int64_t sums_bytes(int rows) { return int64_t(round_up(rows, 32)) * 2 * kPanel * 2 * 4; }
+
+// Rows from which tile registers are faster than vectors.
+constexpr int kTileLeastRows = 8;
 
 using GemmTileFn = void(const GemmTile&);
 LEPTON_KERNEL(gemm_int8_tile, GemmTileFn)

@@ -1,6 +1,12 @@
 // isa.cpp - detection of the instruction-set level. The only place in csrc/ that reads the environment.
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -8,7 +14,26 @@
 namespace lepton {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2"};
+constexpr const char* kNames[kIsaCount] = {"generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2", "amx"};
+
+#if defined(__x86_64__)
+// Tile registers: the processor has them, the system saves them, and it grants them to this process (to threads that
+// exist and to those that come).
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;  // CPUID 7.0, EDX
+  constexpr unsigned kAvx512Bf16 = 1u << 5;                                          // CPUID 7.1, EAX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;                        // arch_prctl(2), XCR0 bit
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (~d & (kAmxBf16 | kAmxTile | kAmxInt8)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -27,7 +52,7 @@ Isa detect() {
   if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2") ||
       !__builtin_cpu_supports("avx512bitalg") || !__builtin_cpu_supports("avx512vpopcntdq"))
     return Isa::avx512vnni;
-  return Isa::avx512vbmi2;
+  return has_tiles() ? Isa::amx : Isa::avx512vbmi2;
 #else
   return Isa::generic;
 #endif

@@ -11,8 +11,9 @@ enum class Isa : int {
   avx2,         // x86-64-v3: AVX2, FMA, BMI1/2, F16C
   avx512vnni,   // x86-64-v4 (AVX-512 F, BW, CD, DQ, VL) and VNNI
   avx512vbmi2,  // the same and VBMI, VBMI2, BITALG, VPOPCNTDQ (Ice Lake, Zen 4)
+  amx,          // the same and BF16, and tile registers: AMX-TILE, AMX-INT8, AMX-BF16 (Sapphire Rapids)
 };
-constexpr int kIsaCount = 5;
+constexpr int kIsaCount = 6;
 
 const char* isa_name(Isa isa);
 // False when no level has that name.

@@ -31,6 +31,9 @@
   namespace avx512vbmi2 {                          \
   Function name;                                   \
   }                                                \
+  namespace amx {                                  \
+  Function name;                                   \
+  }                                                \
   static inline Function* select_##name(Isa isa) { \
     switch (isa) {                                 \
       case Isa::generic:                           \
@@ -43,6 +46,8 @@
         return avx512vnni::name;                   \
       case Isa::avx512vbmi2:                       \
         return avx512vbmi2::name;                  \
+      case Isa::amx:                               \
+        return amx::name;                          \
     }                                              \
     return generic::name;                          \
   }

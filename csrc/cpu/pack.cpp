@@ -7,7 +7,7 @@ namespace lepton {
 
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed) {
   const PackedWeight view{packed, nullptr, n, k, 8, k};
-  std::memset(packed, 0, size_t(view.data_bytes() + view.meta_bytes()));
+  std::memset(packed, 0, size_t(view.total_bytes()));
   auto* meta = reinterpret_cast<Int8Meta*>(packed + view.data_bytes());
   for (int column = 0; column < n; ++column) {
     const int8_t* row = weight + int64_t(column) * k;
@@ -27,7 +27,7 @@ void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, con
                int group, uint8_t* packed) {
   const PackedWeight view{packed, nullptr, n, k, 4, group};
   const int groups = view.groups();
-  std::memset(packed, 0, size_t(view.data_bytes() + view.meta_bytes()));
+  std::memset(packed, 0, size_t(view.total_bytes()));
   auto* meta = reinterpret_cast<Int4Meta*>(packed + view.data_bytes());
   for (int column = 0; column < n; ++column) {
     const uint8_t* row = weight + column * row_bytes;

@@ -2,7 +2,9 @@
 //
 // A panel is 16 columns of W^T (16 output features): one 512-bit register of int32 sums. One layout serves every level.
 //
-//   8 bit   data    int8   [panels][k4 / 4][16][4]          k4 = k rounded up to 4; zero-padded
+//   8 bit   data    int8   [panels][k4 / 4][16][4]          k4 = k rounded up to 4; zero-padded. Tile registers read
+//                                                           whole steps of 64 k: on into the next panel, against
+//                                                           activations that are 0 there, and behind meta
 //           meta    {scale f32 [16], column_sum i32 [16]}   one a panel
 //   4 bit   data    uint8  [panels][k16 / 16][2][16][4]     k16 = k rounded up to 16. Byte [b][j][c][i] holds k = 16 b
 //   + 8 j + i
@@ -55,6 +57,8 @@ struct PackedWeight {
     return bits == 8 ? int64_t(panels()) * int64_t(sizeof(Int8Meta))
                      : int64_t(panels()) * groups() * int64_t(sizeof(Int4Meta));
   }
+  // What to allocate: with the bytes behind the last panel that a step of 64 k may read.
+  int64_t total_bytes() const { return data_bytes() + meta_bytes() + (bits == 8 ? 64 * kPanel : 0); }
 };
 
 }  // namespace lepton

@@ -28,7 +28,7 @@ struct QuantizeRowsArgs {
   int64_t x_stride;
   int rows, k;
   QuantizedLayout layout;
-  uint8_t* q;  // rows q_stride bytes apart, with room for k rounded up to 16 values; the values past k are 0
+  uint8_t* q;  // rows q_stride bytes apart, with room for k rounded up to 16 values; the bytes past k are 0
   int64_t q_stride;
   float* scale;        // [rows]
   int32_t* zero;       // [rows]

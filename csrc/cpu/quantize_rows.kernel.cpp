@@ -1,6 +1,7 @@
 // quantize_rows.kernel.cpp - two passes over a row while it is in the first-level cache: range, then rounding.
 #include "cpu/quantize_rows.h"
 
+#include "cpu/packed_weight.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -53,8 +54,9 @@ LEPTON_INLINE RowRange range_of(const char* x, int k) {
   return {scale, inverse, int32_t(zero > 255 ? 255 : zero)};
 }
 
+// Returns the bytes written.
 template <Dtype dtype, QuantizedLayout layout>
-LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, uint8_t* q) {
+LEPTON_INLINE int quantize_row(const char* x, int k, const RowRange& range, uint8_t* q) {
   constexpr int stride = layout == QuantizedLayout::quads ? kLanes / 4 * kQuadBytes : kLanes;
   const F32x16 inverse = broadcast_f32(range.inverse);
   const I32x16 zero = broadcast_i32(range.zero), low = broadcast_i32(0), high = broadcast_i32(255);
@@ -72,6 +74,7 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, uin
     else
       store_u8(q, value);
   }
+  return divide_up(k, kLanes) * stride;
 }
 
 LEPTON_INLINE void sum_groups(const uint8_t* q, int k, int group, int32_t* sums) {
@@ -92,10 +95,9 @@ void quantize(const QuantizeRowsArgs& args) {
     RowRange range = range_of<dtype>(x, args.k);
     args.scale[r] = range.scale;
     args.zero[r] = range.zero;
-    if (range.scale == range.scale)
-      quantize_row<dtype, layout>(x, args.k, range, q);
-    else
-      __builtin_memset(q, 0, size_t(args.q_stride));
+    int written = 0;
+    if (range.scale == range.scale) written = quantize_row<dtype, layout>(x, args.k, range, q);
+    __builtin_memset(q + written, 0, size_t(args.q_stride - written));
     if (args.group_sum) sum_groups(q, args.k, args.group, args.group_sum + int64_t(r) * groups);
   }
 }

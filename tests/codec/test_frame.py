@@ -20,7 +20,7 @@ from lepton_kernels.codec import CorruptDataError, huffman, lzw
 from lepton_kernels.codec.frame import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden"
-ISAS = ["generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2"]
+ISAS = ["generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2", "amx"]
 
 
 def samples(size: int, seed: int = 0) -> dict[str, bytes]:

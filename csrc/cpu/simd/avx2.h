@@ -73,6 +73,9 @@ LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_HALVES(I32x16, _mm256_set
 LEPTON_INLINE I32x16 load_i32(const void* p) {
   LEPTON_HALVES(I32x16, _mm256_loadu_si256(static_cast<const __m256i*>(p) + h));
 }
+LEPTON_INLINE void store_i32(void* p, I32x16 x) {
+  for (int h = 0; h < 2; ++h) _mm256_storeu_si256(static_cast<__m256i*>(p) + h, x.half[h]);
+}
 LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_add_epi32(a.half[h], b.half[h])); }
 LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_sub_epi32(a.half[h], b.half[h])); }
 LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_mullo_epi32(a.half[h], b.half[h])); }

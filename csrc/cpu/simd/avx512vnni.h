@@ -55,6 +55,7 @@ LEPTON_INLINE F32x16 to_f32(I32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LEPTON_INLINE I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }
+LEPTON_INLINE void store_i32(void* p, I32x16 x) { _mm512_storeu_si512(p, x.v); }
 LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }

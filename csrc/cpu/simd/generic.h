@@ -98,6 +98,7 @@ LEPTON_INLINE I32x16 load_i32(const void* p) {
   __builtin_memcpy(&out, p, sizeof(out));
   return out;
 }
+LEPTON_INLINE void store_i32(void* p, I32x16 x) { __builtin_memcpy(p, &x, sizeof(x)); }
 LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] + b.lane[i]); }
 LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] - b.lane[i]); }
 LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] * b.lane[i]); }
