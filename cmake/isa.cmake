@@ -1,7 +1,7 @@
-# lepton_kernel(target source): compile one .kernel.cpp once per instruction-set level, each in its own namespace.
-#
-# Every kernel exists at every level, so a kernel table is never sparse. Flags are per object: nothing but
-# .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be compiled above the baseline.
+# lepton_kernel(target source [TO_AVX2]): compile one .kernel.cpp once per instruction-set level, each in its own
+# namespace. TO_AVX2: not at levels from AVX-512 on (LEPTON_KERNEL_TO_AVX2 in csrc/cpu/kernel_table.h).
+# Flags are per object: nothing but .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be
+# compiled above the baseline.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(LEPTON_ISAS generic ssse3 avx2 avx512vnni avx512vbmi2 amx)
   set(LEPTON_FLAGS_generic -march=x86-64)
@@ -16,8 +16,12 @@ else()
 endif()
 
 function(lepton_kernel target source)
+  cmake_parse_arguments(PARSE_ARGV 2 KERNEL "TO_AVX2" "" "")
   get_filename_component(name ${source} NAME_WE)
   foreach(isa IN LISTS LEPTON_ISAS)
+    if(KERNEL_TO_AVX2 AND isa MATCHES "avx512|amx")
+      continue()
+    endif()
     string(TOUPPER ${isa} ISA)
     set(object ${name}_${isa})
     add_library(${object} OBJECT ${source})

@@ -73,6 +73,16 @@ def dequantize_int4(
     return values.to(torch.float32) * expand_groups(weight_scale.to(torch.float32), k, group_size)
 
 
+def column_sums_int4(values: Tensor, weight_scale: Tensor, group_size: int) -> Tensor:
+    """f32 [n]: the sum of each output's dequantized weights, values [n, k] minus zero points; groups added in order."""
+    size = values.shape[1] if group_size == -1 else group_size
+    total = torch.zeros(values.shape[0], dtype=torch.float32, device=values.device)
+    for g, k0 in enumerate(range(0, values.shape[1], size)):
+        part = values[:, k0 : k0 + size].sum(1, dtype=torch.int64)
+        total = total + part.to(torch.float32) * weight_scale[:, g].to(torch.float32)
+    return total
+
+
 def _finish(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     if bias is not None:
         y = y + bias
@@ -112,10 +122,11 @@ def gemm_int4(
     values = unpack_int4(weight_packed, k).to(torch.int64)
     if weight_zero_point is not None:
         values = values - expand_groups(weight_zero_point, k, group_size)
-    shifted = q.to(torch.int64) - zero[:, None]
+    q, zero = q.to(torch.int64) - 128, zero - 128  # signed bytes: sums stay small, and so does their rounding
     size = k if group_size == -1 else group_size
     y = torch.zeros(rows.shape[0], weight_packed.shape[0], dtype=torch.float32, device=x.device)
     for g, k0 in enumerate(range(0, k, size)):
-        sums = shifted[:, k0 : k0 + size] @ values[:, k0 : k0 + size].T
+        sums = q[:, k0 : k0 + size] @ values[:, k0 : k0 + size].T
         y = y + sums.to(torch.float32) * weight_scale[:, g].to(torch.float32)
+    y = y - zero[:, None].to(torch.float32) * column_sums_int4(values, weight_scale, group_size)
     return _finish(y * scale[:, None], bias, x)

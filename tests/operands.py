@@ -8,9 +8,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """How far a float product may be off: k roundings of the sum of magnitudes, and one of the output's type."""
-    magnitude = x.float().abs() @ weight.abs().T + 1
-    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps)
+    """How far a product of float activations may be off.
+
+    k roundings of the sum of magnitudes, one of the output's type, and half a step of 16-bit activations (quantize_rows.h).
+    """
+    x = x.float()
+    magnitude = x.abs() @ weight.abs().T + 1
+    step = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 65535
+    rounding = 0.501 * step[:, None] * weight.abs().sum(1)
+    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps) + rounding
 
 
 def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator):

@@ -21,7 +21,7 @@ void check(bool ok, const std::string& message) {
   if (!ok) throw py::value_error(message);
 }
 
-PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group) {
+PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group, bool symmetric) {
   check(n >= 0, "gemm: n is " + std::to_string(n) + "; allowed: 0 or more");
   check(k >= 1 && k <= kMaxK,
         "gemm: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
@@ -29,23 +29,20 @@ PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group) {
   check(bits == 8 || (group >= 1 && (group % kNibbleBlock == 0 || group >= k)),
         "gemm: group_size is " + std::to_string(group) + "; allowed: a multiple of " + std::to_string(kNibbleBlock) +
             ", or -1 for the whole row");
-  PackedWeight weight{at<const uint8_t>(packed), nullptr, n, k, bits, bits == 8 ? k : group};
-  weight.meta = weight.data + weight.data_bytes();
-  return weight;
+  return {at<const uint8_t>(packed), n, k, bits, bits == 8 ? k : group, symmetric};
 }
 
-int64_t packed_bytes(int n, int k, int bits, int group) {
-  const PackedWeight weight = packed_view(0, n, k, bits, group);
-  return weight.total_bytes();
+int64_t packed_bytes(int n, int k, int bits, int group, bool symmetric) {
+  return packed_view(0, n, k, bits, group, symmetric).total_bytes();
 }
 
 void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,
-               uintptr_t bias, uintptr_t y, bool quantize_activations, int threads) {
+               bool symmetric, uintptr_t bias, uintptr_t y, bool quantize_activations, int threads) {
   const GemmArgs args{at<const void>(x),
                       static_cast<Dtype>(dtype),
                       x_stride,
                       m,
-                      packed_view(packed, n, k, bits, group),
+                      packed_view(packed, n, k, bits, group, symmetric),
                       at<const float>(bias),
                       at<void>(y),
                       quantize_activations,
@@ -55,14 +52,14 @@ void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed
 }
 
 void bind_pack_int8(uintptr_t weight, uintptr_t scale, int n, int k, uintptr_t packed) {
-  packed_view(packed, n, k, 8, k);
+  packed_view(packed, n, k, 8, k, true);
   py::gil_scoped_release release;
   pack_int8(at<const int8_t>(weight), at<const float>(scale), n, k, at<uint8_t>(packed));
 }
 
 void bind_pack_int4(uintptr_t weight, int64_t row_bytes, uintptr_t scale, uintptr_t zero, int n, int k, int group,
                     uintptr_t packed) {
-  packed_view(packed, n, k, 4, group);
+  packed_view(packed, n, k, 4, group, zero == 0);
   py::gil_scoped_release release;
   pack_int4(at<const uint8_t>(weight), row_bytes, at<const float>(scale), at<const int8_t>(zero), n, k, group,
             at<uint8_t>(packed));

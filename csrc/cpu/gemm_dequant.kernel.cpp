@@ -1,4 +1,5 @@
-// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations and int8 or 4-bit weights.
+// gemm_dequant.kernel.cpp - Y = X @ dequant(W)^T with f32 activations and int8 or 4-bit weights: w8a16 and w4a16 at the
+// levels below AVX-512 (splits_activations).
 //
 // Few rows: weights are widened to f32 in registers and used at once. More: a panel and a block of k at a time is
 // widened into a buffer that stays in the first-level cache and is used from there by every row of the tile.
@@ -21,11 +22,15 @@ LEPTON_INLINE F32x16 widened(I32x16 word, F32x16 zero) {
   return sub(nibble_f32<shift>(word), zero);
 }
 
+LEPTON_INLINE F32x16 group_zero(const PackedWeight& weight, int panel, int group) {
+  return weight.symmetric ? broadcast_f32(8) : to_f32(load_u8(weight.zero(panel, group)));
+}
+
 // The f32 weights of k in [k0, k0 + kBlock), as far as they exist, rounded up to a word, to out[k - k0][16].
 template <int bits>
 LEPTON_INLINE void widen(const PackedWeight& weight, int panel, int k0, float* out) {
   constexpr int kWord = 32 / bits;
-  const uint8_t* data = weight.data + panel * weight.panel_bytes();
+  const uint8_t* data = weight.panel(panel);
   const int end = k0 + kBlock < weight.k ? k0 + kBlock : weight.k;
   for (int k = k0; k < end;) {
     F32x16 zero = broadcast_f32(0), scale = broadcast_f32(1);
@@ -34,9 +39,8 @@ LEPTON_INLINE void widen(const PackedWeight& weight, int panel, int k0, float* o
       const int group = k / weight.group;
       const int64_t next_group = int64_t(group + 1) * weight.group;
       group_end = next_group < end ? int(next_group) : end;
-      const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel) * weight.groups() + group];
-      zero = to_f32(load_i32(meta.zero));
-      scale = load_f32<Dtype::f32>(meta.scale);
+      zero = group_zero(weight, panel, group);
+      scale = load_f32<Dtype::f32>(weight.scale(panel, group));
     }
     for (; k < group_end; k += kWord, out += kWord * kPanel) {
       const I32x16 word = load_i32(data + int64_t(k) * kPanel * bits / 8);
@@ -81,12 +85,10 @@ LEPTON_INLINE void multiply_direct(const GemmTile& tile, int panel0) {
   for (int g = 0; g < groups; ++g) {
     const int k0 = g * weight.group, left = weight.k - k0, count = left < weight.group ? left : weight.group;
     const int whole = count / kWord * kWord;
-    const uint8_t* w = weight.data + panel0 * panel_bytes + int64_t(k0) * kPanel * bits / 8;
+    const uint8_t* w = weight.panel(panel0) + int64_t(k0) * kPanel * bits / 8;
     F32x16 zero[panels], acc[panels][rows * chains];
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-      zero[p] = broadcast_f32(0);
-      if constexpr (bits == 4)
-        zero[p] = to_f32(load_i32(static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g].zero));
+      zero[p] = bits == 4 ? group_zero(weight, panel0 + p, g) : broadcast_f32(0);
       unroll<rows * chains>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[p][i] = broadcast_f32(0); });
     });
     multiply_words<bits, rows, panels, chains>(tile.x + k0, tile.x_stride, w, panel_bytes, whole, zero, acc);
@@ -98,10 +100,7 @@ LEPTON_INLINE void multiply_direct(const GemmTile& tile, int panel0) {
       multiply_words<bits, rows, panels, chains>(tail[0], kWord, w, panel_bytes, kWord, zero, acc);
     }
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-      const F32x16 scale =
-          bits == 8
-              ? load_f32<Dtype::f32>(static_cast<const Int8Meta*>(weight.meta)[panel0 + p].scale)
-              : load_f32<Dtype::f32>(static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g].scale);
+      const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel0 + p, g));
       unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
         F32x16 sum = acc[p][r * chains];
         if constexpr (chains == 2) sum = add(sum, acc[p][r * chains + 1]);
@@ -156,7 +155,7 @@ void gemm_dequant_tile(const GemmTile& tile) {
   if (tile.rows <= kDirectRows)
     return tile.weight.bits == 8 ? multiply_up_to_four<8>(tile) : multiply_up_to_four<4>(tile);
   alignas(64) float block[(kBlock + kNibbleBlock) * kPanel];
-  float* const sums = static_cast<float*>(tile.sums);
+  float* const sums = static_cast<float*>(tile.scratch);
   const int k = tile.weight.k;
   for (int panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
     __builtin_memset(sums, 0, sizeof(float) * kPanel * size_t(tile.rows));
@@ -171,9 +170,8 @@ void gemm_dequant_tile(const GemmTile& tile) {
       });
     }
     const F32x16 bias = load_bias(tile, panel);
-    const F32x16 scale = tile.weight.bits == 8
-                             ? load_f32<Dtype::f32>(static_cast<const Int8Meta*>(tile.weight.meta)[panel].scale)
-                             : broadcast_f32(1);
+    const F32x16 scale =
+        tile.weight.bits == 8 ? load_f32<Dtype::f32>(tile.weight.scale(panel)) : broadcast_f32(1);
     for (int r = 0; r < tile.rows; ++r)
       store_output(tile, r, panel, add(mul(load_f32<Dtype::f32>(sums + r * kPanel), scale), bias));
   }

@@ -1,26 +1,46 @@
-// gemm_int4.kernel.cpp - Y = Xq @ dequant(W4)^T with uint8 activations, 4-bit weights in groups along k, and int32 sums
-// exact within a group; groups are added in float, in order.
+// gemm_int4.kernel.cpp - Y = Xq @ dequant(W4)^T with signed activations (q - 128), 4-bit weights in groups along k, and
+// int32 sums exact within a group; groups are added in float, in order.
 //
-//   s_g    = sum over the group of q[r, k] nibble[c, k] - zero[c] * (sum of q) - row_zero[r] * column_sum[c]
-//   y[r,c] = row_scale[r] * (s_0 scale[c, 0] + s_1 scale[c, 1] + ...) + bias[c]
+//   s_g    = sum over the group of q[r, k] (nibble[c, k] - zero[c, g]), in each plane
+//   y[r,c] = row_scale[r] * ((s_0 scale[c, 0] + s_1 scale[c, 1] + ...) - row_zero[r] * sum[c]) + bias[c]
+//
+// with sum[c] = scale[c, 0] * (sum of group 0's weights) + ...; of two planes s_g = float(high) * 256 + float(low).
 #include "cpu/simd/epilogue.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
 constexpr int kPrefetchBytes = 4096;  // as in gemm_int8.kernel.cpp
+constexpr int kVectorPanels = 4;      // panels side by side for one row
 
-template <int rows, int panels>
+// The sums of both planes, or of the one there is, as a float.
+template <int planes>
+LEPTON_INLINE F32x16 join_planes(I32x16 high, I32x16 low) {
+  if constexpr (planes == 1) return to_f32(high);
+  return add(mul(to_f32(high), broadcast_f32(256)), to_f32(low));
+}
+
+// Y[row, 16 columns] from the sum over all groups.
+template <int planes>
+LEPTON_INLINE void write_output(const GemmTile& tile, int row, int panel, F32x16 sum, F32x16 column_sum, F32x16 bias) {
+  const int32_t* zero = tile.q.zero + row * planes;
+  const float row_zero = float(planes == 1 ? zero[0] : zero[0] * 256 + zero[1]);
+  const F32x16 shifted = sub(sum, mul(broadcast_f32(row_zero), column_sum));
+  store_output(tile, row, panel, add(mul(shifted, broadcast_f32(tile.q.scale[row])), bias));
+}
+
+// `rows` of all planes, a multiple of the planes.
+template <int planes, int rows, int panels>
 LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
   const PackedWeight& weight = tile.weight;
-  const int64_t panel_bytes = weight.panel_bytes();
+  const int64_t panel_bytes = weight.panel_bytes(), stride = tile.q.stride;
   const int groups = weight.groups();
-  const uint8_t* w = weight.data + panel0 * panel_bytes;
-  const uint8_t* a = tile.q + row * tile.q_stride;
+  const uint8_t* w = weight.panel(panel0);
+  const uint8_t* a = tile.q.q + row * stride;
+  constexpr int kRows = rows / planes;
 
-  F32x16 y[panels][rows];
-  for (int p = 0; p < panels; ++p)
-    for (int r = 0; r < rows; ++r) y[p][r] = broadcast_f32(0);
+  F32x16 y[panels][kRows];
+  unroll<panels * kRows>([&]<int i>() LEPTON_LAMBDA_INLINE { y[i / kRows][i % kRows] = broadcast_f32(0); });
   for (int g = 0; g < groups; ++g) {
     const int left = weight.k - g * weight.group;
     const int blocks = divide_up(left < weight.group ? left : weight.group, kNibbleBlock);
@@ -28,108 +48,169 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
     unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
     for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-        if constexpr (rows == 1) {
+        if constexpr (rows == planes) {
           __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
           __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes + 64);
         }
-        dot_u4<rows>(acc[p], a, tile.q_stride, w + p * panel_bytes);
+        dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
-    I32x16 sums[panels][rows];  // in memory, for a loop
-    unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { sums[i / rows][i % rows] = acc[i / rows][i % rows]; });
-    for (int p = 0; p < panels; ++p) {
-      const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel0 + p) * groups + g];
-      const I32x16 zero = load_i32(meta.zero), column_sum = load_i32(meta.column_sum);
-      const F32x16 scale = load_f32<Dtype::f32>(meta.scale);
-      for (int r = 0; r < rows; ++r) {
-        const int32_t q_sum = tile.row_group_sum[int64_t(row + r) * groups + g];
-        I32x16 sum = sub(sums[p][r], mul(zero, broadcast_i32(q_sum)));
-        sum = sub(sum, mul(column_sum, broadcast_i32(tile.row_zero[row + r])));
-        y[p][r] = add(y[p][r], mul(to_f32(sum), scale));
-      }
-    }
+    const int32_t* q_sum = tile.q.group_sum + int64_t(row) * groups + g;
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+      const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel0 + p, g));
+      const I32x16 zero = weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel0 + p, g));
+      unroll<kRows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+        I32x16 sums[planes];
+        unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
+          const I32x16 shift = mul(zero, broadcast_i32(q_sum[(r * planes + plane) * groups]));
+          sums[plane] = sub(acc[p][r * planes + plane], shift);
+        });
+        y[p][r] = add(y[p][r], mul(join_planes<planes>(sums[0], sums[planes - 1]), scale));
+      });
+    });
   }
-
-  for (int p = 0; p < panels; ++p) {
-    const F32x16 bias = load_bias(tile, panel0 + p);
-    for (int r = 0; r < rows; ++r)
-      store_output(tile, row + r, panel0 + p, add(mul(y[p][r], broadcast_f32(tile.row_scale[row + r])), bias));
-  }
+  unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+    const F32x16 bias = load_bias(tile, panel0 + p), column_sum = load_f32<Dtype::f32>(weight.sum_f32(panel0 + p));
+    unroll<kRows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+      write_output<planes>(tile, row / planes + r, panel0 + p, y[p][r], column_sum, bias);
+    });
+  });
 }
 
-template <int kRows, int panels>
+template <int planes, int kRows, int panels>
 LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
   for (; panel + panels <= tile.panel_end; panel += panels)
-    for_row_blocks<kRows>(tile.rows, [&]<int rows>(int row) { multiply<rows, panels>(tile, row, panel); });
+    for_row_blocks<kRows, planes>(tile.rows * planes,
+                                  [&]<int rows>(int row) { multiply<planes, rows, panels>(tile, row, panel); });
   return panel;
 }
 
-constexpr int kVectorPanels = 2;  // panels side by side for one row
+template <int planes>
+void multiply_vectors(const GemmTile& tile) {
+  int panel = tile.panel_begin;
+  if (tile.rows == 1) {
+    panel = multiply_panels<planes, planes, kVectorPanels>(tile, panel);
+    multiply_panels<planes, planes, 1>(tile, panel);
+    return;
+  }
+  panel = multiply_panels<planes, kInt4Rows, kInt4Panels>(tile, panel);
+  if constexpr (kInt4Panels > 1) multiply_panels<planes, kInt4Rows, 1>(tile, panel);
+}
 
 #if defined(LEPTON_ISA_AMX)
-// Steps of k that are unpacked at a time: weights of two panels that stay in the first-level cache.
+// Steps of k that are unpacked at a time: weights of two panels that stay in the first-level cache (16 KiB).
 constexpr int kStepBlock = 8;
 
-// s8 [steps * 16][16][4]: nibble - zero for k from `k0` on, and zeros from `end` on, up to whole steps.
-LEPTON_INLINE void unpack(const PackedWeight& weight, int panel, int group, int k0, int end, uint8_t* out) {
-  const Int4Meta& meta = static_cast<const Int4Meta*>(weight.meta)[int64_t(panel) * weight.groups() + group];
-  const __m512i zero = _mm512_mullo_epi32(load_i32(meta.zero).v, _mm512_set1_epi32(0x01010101));
-  const __m512i low = _mm512_set1_epi8(0xf);
-  const uint8_t* w = weight.data + panel * weight.panel_bytes() + int64_t(k0) * kPanel / 2;
-  const int pairs = round_up(end - k0, kNibbleBlock) / (2 * kQuad);
-  for (int i = 0; i < pairs; ++i, w += 64, out += 128) {
+// Steps of one group in a block of unpacked weights. Weights of other groups are 0 in it.
+struct Piece {
+  int group, step, steps;
+  int place;  // in the block
+  bool first, last;  // of the group's pieces
+};
+
+// s8 [piece.steps * 16][16][4]: nibble - zero for k of the group, elsewhere 0.
+LEPTON_INLINE void unpack(const PackedWeight& weight, int panel, const Piece& piece, uint8_t* out) {
+  constexpr int kVector = 2 * kQuad;  // k in 64 bytes of nibbles
+  const int k0 = piece.group * weight.group, left = weight.k - k0;
+  const int group_end = k0 + round_up(left < weight.group ? left : weight.group, kNibbleBlock);
+  const int begin = piece.step * kTileStep, end = begin + piece.steps * kTileStep;
+  const int from = k0 > begin ? k0 : begin, to = group_end < end ? group_end : end;
+  const I32x16 zeros = weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel, piece.group));
+  const __m512i zero = _mm512_mullo_epi32(zeros.v, _mm512_set1_epi32(0x01010101)), low = _mm512_set1_epi8(0xf);
+  const uint8_t* w = weight.panel(panel) + int64_t(from) * kPanel / 2;
+  __builtin_memset(out, 0, size_t(from - begin) * kPanel);
+  out += (from - begin) * kPanel;
+  for (int k = from; k < to; k += kVector, w += 64, out += 128) {
     const __m512i pair = _mm512_loadu_si512(w);
     _mm512_store_si512(out, _mm512_sub_epi8(_mm512_and_si512(pair, low), zero));
     _mm512_store_si512(out + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(pair, 4), low), zero));
   }
-  const int padding = round_up(end - k0, kTileStep) - round_up(end - k0, kNibbleBlock);
-  __builtin_memset(out, 0, size_t(padding) * kPanel);
+  __builtin_memset(out, 0, size_t(end - to) * kPanel);
 }
 
-// y[rows][kTileSumsRow] += one group's exact sums, scaled; the last group's result goes to Y.
+// Fills a block with the steps from (group, step) on, which it moves. Returns the pieces.
+template <int panels>
+LEPTON_INLINE int unpack_block(const PackedWeight& weight, int panel, int& group, int& step,
+                               uint8_t (&block)[panels][kStepBlock * kTileBytes], Piece (&pieces)[kStepBlock]) {
+  int count = 0;
+  for (int place = 0; place < kStepBlock && group < weight.groups();) {
+    const int k0 = group * weight.group, left = weight.k - k0;
+    const int end = divide_up(k0 + (left < weight.group ? left : weight.group), kTileStep);
+    const int steps = end - step < kStepBlock - place ? end - step : kStepBlock - place;
+    Piece& piece = pieces[count++];
+    piece = {group, step, steps, place, step == k0 / kTileStep, step + steps == end};
+    for (int p = 0; p < panels; ++p) unpack(weight, panel + p, piece, block[p] + place * kTileBytes);
+    place += steps;
+    step = piece.last ? ++group * weight.group / kTileStep : step + steps;
+  }
+  return count;
+}
+
+// y[rows][16] += one group's exact sums, scaled; the last group's result goes to Y.
+template <int planes>
 LEPTON_INLINE void add_group(const GemmTile& tile, int row, int rows, int panel, int group, const int32_t* sums,
-                             float* y) {
-  const int groups = tile.weight.groups();
-  const Int4Meta& meta = static_cast<const Int4Meta*>(tile.weight.meta)[int64_t(panel) * groups + group];
-  const I32x16 column_sum = load_i32(meta.column_sum);
-  const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel);
-  for (int r = 0; r < rows; ++r, sums += kTileSumsRow, y += kTileSumsRow) {
-    const I32x16 sum = sub(load_i32(sums), mul(column_sum, broadcast_i32(tile.row_zero[row + r])));
-    const F32x16 before = group == 0 ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
-    const F32x16 after = add(before, mul(to_f32(sum), scale));
-    if (group + 1 < groups)
-      store_f32<Dtype::f32>(y, after);
+                             int plane_step, float* y) {
+  const F32x16 scale = load_f32<Dtype::f32>(tile.weight.scale(panel, group));
+  const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
+  const bool first = group == 0, last = group + 1 == tile.weight.groups();
+  for (int r = 0; r < rows; ++r, sums += kPanel, y += kPanel) {
+    const F32x16 sum = join_planes<planes>(load_i32(sums), load_i32(sums + plane_step));
+    const F32x16 before = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
+    const F32x16 after = add(before, mul(sum, scale));
+    if (last)
+      write_output<planes>(tile, row + r, panel, after, column_sum, bias);
     else
-      store_output(tile, row + r, panel, add(mul(after, broadcast_f32(tile.row_scale[row + r])), bias));
+      store_f32<Dtype::f32>(y, after);
   }
 }
 
-template <int panels>
+template <int planes, int panels>
 LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
-  alignas(64) uint8_t block[panels][kStepBlock * kTileStep * kPanel];
+  alignas(64) uint8_t block[panels][kStepBlock * kTileBytes];
+  Piece pieces[kStepBlock];
   const PackedWeight& weight = tile.weight;
-  int32_t* const sums = static_cast<int32_t*>(tile.sums);
-  float* const y = reinterpret_cast<float*>(sums + round_up(tile.rows, kTileRowBlock) * kTileSumsRow);
-  for (int group = 0, k0 = 0; k0 < weight.k; ++group, k0 += weight.group) {
-    const int group_end = k0 + weight.group < weight.k ? k0 + weight.group : weight.k;
-    for (int begin = k0; begin < group_end; begin += kStepBlock * kTileStep) {
-      const int end = begin + kStepBlock * kTileStep < group_end ? begin + kStepBlock * kTileStep : group_end;
-      const int steps = divide_up(end - begin, kTileStep);
-      for (int p = 0; p < panels; ++p) unpack(weight, panel + p, group, begin, end, block[p]);
-      for (int row = 0; row < tile.rows; row += kTileRowBlock) {
-        const int rows = tile.rows - row < kTileRowBlock ? tile.rows - row : kTileRowBlock;
-        const uint8_t* a = tile.q + row * tile.q_stride + begin;
-        int32_t* out = sums + row * kTileSumsRow;
-        if (rows > kTileRows)
-          tile_multiply<2, panels>(a, tile.q_stride, block[0], sizeof(block[0]), steps, begin == k0, out);
+  const int64_t tile_stride = kTileRows * tile.q.stride;
+  const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  int32_t* const group_sums = static_cast<int32_t*>(tile.scratch);
+  int32_t* const kept_sums = group_sums + kTilePairSums;
+  float* const y_sums = reinterpret_cast<float*>(kept_sums + int64_t(pairs) * kTilePairSums);
+  for (int group = 0, step = 0; group < weight.groups();) {
+    const int count = unpack_block<panels>(weight, panel, group, step, block, pieces);
+    const bool last_block = group == weight.groups();
+    TilePrefetch prefetch{last_block ? weight.panel(panel + panels)
+                                     : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
+                          weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
+    for (int pair = 0; pair < pairs; ++pair) {
+      int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+      float* const y = y_sums + int64_t(pair) * kTilePairSums;
+      for (int i = 0; i < count; ++i) {
+        const Piece& piece = pieces[i];
+        const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
+        const uint8_t* w = block[0] + piece.place * kTileBytes;
+        const int32_t* const before = piece.first ? nullptr : kept;
+        int32_t* const sums = piece.last ? group_sums : kept;
+        if (2 * pair + 1 < row_tiles)
+          tile_multiply<true, 2, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
         else
-          tile_multiply<1, panels>(a, tile.q_stride, block[0], sizeof(block[0]), steps, begin == k0, out);
-        if (end < group_end) continue;
+          tile_multiply<true, 1, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
+        prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
+        if (!piece.last) continue;
         for (int p = 0; p < panels; ++p)
-          add_group(tile, row, rows, panel + p, group, out + p * kPanel, y + row * kTileSumsRow + p * kPanel);
+          for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
+            const int place = (row_tile * panels + p) * kTileSums;
+            add_group<planes>(tile, row, rows, panel + p, piece.group, sums + place, panels * kTileSums, y + place);
+          });
       }
     }
   }
+}
+
+template <int planes>
+void multiply_tiles(const GemmTile& tile) {
+  const TileScope registers;
+  int panel = tile.panel_begin;
+  for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<planes, kTilePanels>(tile, panel);
+  if (panel < tile.panel_end) multiply_tiles<planes, 1>(tile, panel);
 }
 #endif
 
@@ -137,22 +218,10 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
 
 void gemm_int4_tile(const GemmTile& tile) {
 #if defined(LEPTON_ISA_AMX)
-  if (tile.rows >= kTileLeastRows) {
-    const TileScope registers;
-    int panel = tile.panel_begin;
-    for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<kTilePanels>(tile, panel);
-    if (panel < tile.panel_end) multiply_tiles<1>(tile, panel);
-    return;
-  }
+  if (tile.q.layout == RowLayout::tiles) return tile.q.planes == 1 ? multiply_tiles<1>(tile) : multiply_tiles<2>(tile);
 #endif
-  int panel = tile.panel_begin;
-  if (tile.rows == 1) {
-    for (; panel + kVectorPanels <= tile.panel_end; panel += kVectorPanels) multiply<1, kVectorPanels>(tile, 0, panel);
-    for (; panel < tile.panel_end; ++panel) multiply<1, 1>(tile, 0, panel);
-    return;
-  }
-  panel = multiply_panels<kInt4Rows, kInt4Panels>(tile, panel);
-  if constexpr (kInt4Panels > 1) multiply_panels<kInt4Rows, 1>(tile, panel);
+  if (tile.q.planes == 1) return multiply_vectors<1>(tile);
+  if constexpr (splits_activations(Isa::LEPTON_ISA)) multiply_vectors<2>(tile);
 }
 
 }  // namespace lepton::LEPTON_ISA

@@ -1,6 +1,8 @@
-// gemm_int8.kernel.cpp - Y = (Xq @ Wq^T) with uint8 activations, int8 weights and exact int32 sums, scaled at the end.
+// gemm_int8.kernel.cpp - Y = (Xq @ Wq^T) with unsigned activations, int8 weights and exact int32 sums, scaled at the
+// end.
 //
-//   y[r, c] = float(sum_k q[r, k] w[c, k] - zero[r] * column_sum[c]) * (row_scale[r] * scale[c]) + bias[c]
+//   s      = sum_k q[r, k] w[c, k] - zero[r] * sum_k w[c, k], in each plane
+//   y[r,c] = float(s) * (row_scale[r] * scale[c]) + bias[c]; of two planes (float(high) * 256 + float(low)) * ...
 //
 // Sums stay in registers over the whole of k, so Y is written once and nothing else is.
 #include "cpu/simd/epilogue.h"
@@ -12,72 +14,110 @@ namespace {
 constexpr int kPrefetchBytes = 4096;
 constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
 
-// Y[row .. row + rows, 16 columns] from the exact sums, whose rows are sums_stride apart.
-LEPTON_INLINE void write_output(const GemmTile& tile, int row, int rows, int panel, const int32_t* sums,
-                                int sums_stride) {
-  const Int8Meta& meta = static_cast<const Int8Meta*>(tile.weight.meta)[panel];
-  const I32x16 column_sum = load_i32(meta.column_sum);
-  const F32x16 scale = load_f32<Dtype::f32>(meta.scale), bias = load_bias(tile, panel);
-  for (int r = 0; r < rows; ++r) {
-    const I32x16 exact = load_i32(sums + int64_t(r) * sums_stride);
-    const I32x16 sum = sub(exact, mul(broadcast_i32(tile.row_zero[row + r]), column_sum));
-    const F32x16 y_scale = mul(broadcast_f32(tile.row_scale[row + r]), scale);
-    store_output(tile, row + r, panel, add(mul(to_f32(sum), y_scale), bias));
+// Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
+template <int planes>
+LEPTON_INLINE void write_output(const GemmTile& tile, int row, int rows, int panel, const int32_t* sums, int row_step,
+                                int plane_step) {
+  const I32x16 column_sum = load_i32(tile.weight.sum_i32(panel));
+  const F32x16 scale = load_f32<Dtype::f32>(tile.weight.scale(panel)), bias = load_bias(tile, panel);
+  for (int r = row; r < row + rows; ++r, sums += row_step) {
+    const int32_t* zero = tile.q.zero + r * planes;
+    F32x16 sum = to_f32(sub(load_i32(sums), mul(broadcast_i32(zero[0]), column_sum)));
+    if constexpr (planes == 2) {
+      const F32x16 low = to_f32(sub(load_i32(sums + plane_step), mul(broadcast_i32(zero[1]), column_sum)));
+      sum = add(mul(sum, broadcast_f32(256)), low);
+    }
+    store_output(tile, r, panel, add(mul(sum, mul(broadcast_f32(tile.q.scale[r]), scale)), bias));
   }
 }
 
-template <int rows, int panels>
+// `rows` of all planes, a multiple of the planes.
+template <int planes, int rows, int panels>
 LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
-  const int64_t panel_bytes = tile.weight.panel_bytes();
-  const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.data) + panel0 * panel_bytes;
-  const uint8_t* a = tile.q + row * tile.q_stride;
+  const int64_t panel_bytes = tile.weight.panel_bytes(), stride = tile.q.stride;
+  const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.panel(panel0));
+  const uint8_t* a = tile.q.q + row * stride;
   const int quads = divide_up(tile.weight.k, kQuad);
 
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
   for (int q = 0; q < quads; ++q, a += kQuadBytes, w += kPanel * kQuad) {
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-      if constexpr (rows == 1) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
-      dot_s8<rows>(acc[p], a, tile.q_stride, w + p * panel_bytes);
+      if constexpr (rows == planes) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
+      dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
     });
   }
   alignas(64) int32_t sums[panels * rows][kPanel];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { store_i32(sums[i], acc[i / rows][i % rows]); });
-  for (int p = 0; p < panels; ++p) write_output(tile, row, rows, panel0 + p, sums[p * rows], kPanel);
+  for (int p = 0; p < panels; ++p)
+    write_output<planes>(tile, row / planes, rows / planes, panel0 + p, sums[p * rows], planes * kPanel, kPanel);
 }
 
-template <int kRows, int panels>
+template <int planes, int kRows, int panels>
 LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
   for (; panel + panels <= tile.panel_end; panel += panels)
-    for_row_blocks<kRows>(tile.rows, [&]<int rows>(int row) { multiply<rows, panels>(tile, row, panel); });
+    for_row_blocks<kRows, planes>(tile.rows * planes,
+                                  [&]<int rows>(int row) { multiply<planes, rows, panels>(tile, row, panel); });
   return panel;
 }
 
-#if defined(LEPTON_ISA_AMX)
-// Steps of k whose weights, of two panels, stay in the first-level cache while all rows of the tile pass by.
-constexpr int kStepBlock = 8;
+template <int planes>
+void multiply_vectors(const GemmTile& tile) {
+  int panel = tile.panel_begin;
+  if (tile.rows == 1) {
+    panel = multiply_panels<planes, planes, kVectorPanels>(tile, panel);
+    multiply_panels<planes, planes, 1>(tile, panel);
+    return;
+  }
+  panel = multiply_panels<planes, kInt8Rows, kInt8Panels>(tile, panel);
+  if constexpr (kInt8Panels > 1) multiply_panels<planes, kInt8Rows, 1>(tile, panel);
+}
 
-template <int panels>
+#if defined(LEPTON_ISA_AMX)
+// Steps of k whose weights, of two panels, stay in the first-level cache (32 KiB) while all rows of the tile pass by.
+constexpr int kStepBlock = 16;
+
+template <int planes, int panels>
 LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
-  const int64_t panel_bytes = tile.weight.panel_bytes();
-  const uint8_t* w = tile.weight.data + panel * panel_bytes;
-  const int steps = divide_up(tile.weight.k, kTileStep);
-  int32_t* const sums = static_cast<int32_t*>(tile.sums);
-  for (int step = 0; step < steps; step += kStepBlock) {
-    const int count = steps - step < kStepBlock ? steps - step : kStepBlock;
-    for (int row = 0; row < tile.rows; row += kTileRowBlock) {
-      const int rows = tile.rows - row < kTileRowBlock ? tile.rows - row : kTileRowBlock;
-      const uint8_t* a = tile.q + row * tile.q_stride + step * kTileStep;
-      const uint8_t* block = w + int64_t(step) * kTileStep * kPanel;
-      int32_t* out = sums + row * kTileSumsRow;
-      if (rows > kTileRows)
-        tile_multiply<2, panels>(a, tile.q_stride, block, panel_bytes, count, step == 0, out);
+  const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
+  const int steps = divide_up(tile.weight.k, kTileStep), blocks = divide_up(steps, kStepBlock);
+  const int step_block = divide_up(steps, blocks);
+  const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  int32_t* const last_sums = static_cast<int32_t*>(tile.scratch);
+  int32_t* const kept_sums = last_sums + kTilePairSums;
+  for (int step = 0; step < steps; step += step_block) {
+    const int count = steps - step < step_block ? steps - step : step_block;
+    const bool last = step + count == steps;
+    const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
+    // Of this panel the next block, or the first one of those that come after it.
+    TilePrefetch prefetch{last ? tile.weight.panel(panel + panels) : w + int64_t(count) * kTileBytes, panel_bytes,
+                          divide_up(kTileRows, pairs)};
+    for (int pair = 0; pair < pairs; ++pair) {
+      const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
+      int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+      const int32_t* const before = step == 0 ? nullptr : kept;
+      int32_t* const sums = last ? last_sums : kept;
+      if (2 * pair + 1 < row_tiles)
+        tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, sums, prefetch);
       else
-        tile_multiply<1, panels>(a, tile.q_stride, block, panel_bytes, count, step == 0, out);
-      if (step + count == steps)
-        for (int p = 0; p < panels; ++p) write_output(tile, row, rows, panel + p, out + p * kPanel, kTileSumsRow);
+        tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, sums, prefetch);
+      prefetch.next += int64_t(count) * prefetch.lines * 64;
+      if (!last) continue;
+      for (int p = 0; p < panels; ++p)
+        for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
+          write_output<planes>(tile, row, rows, panel + p, sums + (row_tile * panels + p) * kTileSums, kPanel,
+                               panels * kTileSums);
+        });
     }
   }
+}
+
+template <int planes>
+void multiply_tiles(const GemmTile& tile) {
+  const TileScope registers;
+  int panel = tile.panel_begin;
+  for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<planes, kTilePanels>(tile, panel);
+  if (panel < tile.panel_end) multiply_tiles<planes, 1>(tile, panel);
 }
 #endif
 
@@ -85,22 +125,10 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
 
 void gemm_int8_tile(const GemmTile& tile) {
 #if defined(LEPTON_ISA_AMX)
-  if (tile.rows >= kTileLeastRows) {
-    const TileScope registers;
-    int panel = tile.panel_begin;
-    for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<kTilePanels>(tile, panel);
-    if (panel < tile.panel_end) multiply_tiles<1>(tile, panel);
-    return;
-  }
+  if (tile.q.layout == RowLayout::tiles) return tile.q.planes == 1 ? multiply_tiles<1>(tile) : multiply_tiles<2>(tile);
 #endif
-  int panel = tile.panel_begin;
-  if (tile.rows == 1) {
-    for (; panel + kVectorPanels <= tile.panel_end; panel += kVectorPanels) multiply<1, kVectorPanels>(tile, 0, panel);
-    for (; panel < tile.panel_end; ++panel) multiply<1, 1>(tile, 0, panel);
-    return;
-  }
-  panel = multiply_panels<kInt8Rows, kInt8Panels>(tile, panel);
-  if constexpr (kInt8Panels > 1) multiply_panels<kInt8Rows, 1>(tile, panel);
+  if (tile.q.planes == 1) return multiply_vectors<1>(tile);
+  if constexpr (splits_activations(Isa::LEPTON_ISA)) multiply_vectors<2>(tile);
 }
 
 }  // namespace lepton::LEPTON_ISA

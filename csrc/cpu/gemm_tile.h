@@ -6,6 +6,7 @@
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
 #include "cpu/packed_weight.h"
+#include "cpu/quantize_rows.h"
 
 namespace lepton {
 
@@ -17,18 +18,12 @@ struct GemmTile {
   int panel_begin, panel_end;
   int rows;
 
-  // Quantized activations (gemm_int8, gemm_int4): see quantize_rows.h.
-  const uint8_t* q;
-  int64_t q_stride;
-  const float* row_scale;
-  const int32_t* row_zero;
-  const int32_t* row_group_sum;  // [rows, groups], 4 bit only
+  QuantizedRows q;  // gemm_int8, gemm_int4
 
-  // Float activations (gemm_dequant): f32 rows.
-  const float* x;
+  const float* x;  // gemm_dequant: rows x_stride elements apart
   int64_t x_stride;
 
-  void* sums;  // 64-byte aligned, for the kernel: sums_bytes()
+  void* scratch;  // 64-byte aligned, for the kernel: scratch_bytes()
 
   const float* bias;  // [n] or null
   void* y;            // [rows, n], rows y_stride elements apart
@@ -36,17 +31,16 @@ struct GemmTile {
   int64_t y_stride;
 };
 
-// Bytes that a kernel may want for `rows` rows between blocks of k: two 32-bit values for each column of two panels,
-// and rows up to the next block of tile registers.
-constexpr int64_t sums_bytes(int rows) { return int64_t(round_up(rows, 32)) * 2 * kPanel * 2 * 4; }
-
-// Rows from which tile registers are faster than vectors.
-constexpr int kTileLeastRows = 8;
+// Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums of
+// two panels, twice, and once more for one pair.
+constexpr int64_t scratch_bytes(int rows) {
+  return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4);
+}
 
 using GemmTileFn = void(const GemmTile&);
 LEPTON_KERNEL(gemm_int8_tile, GemmTileFn)
 LEPTON_KERNEL(gemm_int4_tile, GemmTileFn)
-LEPTON_KERNEL(gemm_dequant_tile, GemmTileFn)
+LEPTON_KERNEL_TO_AVX2(gemm_dequant_tile, GemmTileFn)
 
 // f32 [rows, k] from another type, or copied: the activations of gemm_dequant_tile.
 struct ToF32Args {
@@ -58,6 +52,6 @@ struct ToF32Args {
   int64_t out_stride;
 };
 using ToF32Fn = void(const ToF32Args&);
-LEPTON_KERNEL(to_f32_rows, ToF32Fn)
+LEPTON_KERNEL_TO_AVX2(to_f32_rows, ToF32Fn)
 
 }  // namespace lepton

@@ -51,7 +51,22 @@
     }                                              \
     return generic::name;                          \
   }
+// For a kernel that levels from AVX-512 on do without; compiled up to avx2.
+#define LEPTON_KERNEL_TO_AVX2(name, Function)                                             \
+  namespace generic {                                                                     \
+  Function name;                                                                          \
+  }                                                                                       \
+  namespace ssse3 {                                                                       \
+  Function name;                                                                          \
+  }                                                                                       \
+  namespace avx2 {                                                                        \
+  Function name;                                                                          \
+  }                                                                                       \
+  static inline Function* select_##name(Isa isa) {                                        \
+    return isa == Isa::generic ? generic::name : isa == Isa::ssse3 ? ssse3::name : avx2::name; \
+  }
 #else
+#define LEPTON_KERNEL_TO_AVX2(name, Function) LEPTON_KERNEL(name, Function)
 #define LEPTON_KERNEL(name, Function) \
   namespace generic {                 \
   Function name;                      \

@@ -1,7 +1,8 @@
-// quantize_rows.h - X to uint8, a scale and a zero point for every row.
+// quantize_rows.h - X to integers, a scale and a zero point for every row: 8 bits (w8a8, w4a8), or 16 bits as a plane of
+// high bytes and one of low bytes (w8a16, w4a16 where integer products are the fastest).
 //
-//   lo = min(0, min x), hi = max(0, max x), scale = hi / 255 - lo / 255, zero = round(-lo / scale)
-//   q = clamp(round(x / scale) + zero, 0, 255),   x ~ scale * (q - zero)
+//   lo = min(0, min x), hi = max(0, max x), scale = hi / L - lo / L, zero = round(-lo / scale), L = 255 or 65535
+//   q = clamp(round(x / scale) + zero, 0, L),   x ~ scale * (q - zero)
 //
 // Divisions are products with a reciprocal, rounded to nearest even at every step: the same bits on every level. A row
 // of zeros has scale 0; a row that holds a NaN or an infinity has scale NaN, which makes its outputs NaN.
@@ -14,26 +15,57 @@
 
 namespace lepton {
 
-enum class QuantizedLayout : int {
-  bytes,  // uint8 in order
-  quads,  // the level's quads (simd.h): kQuadBytes for every four
+enum class RowLayout : int {
+  bytes,  // a row's uint8 in order
+  quads,  // the level's quads (simd.h): quad_bytes() for every four
+  tiles,  // what tile registers load: [rows / 16][planes][stride / 64][16][64], 64 k of 16 rows together
 };
 
-// Bytes of four activations in QuantizedLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
+constexpr int kTileRows = 16;
+constexpr int kTileStep = 64;  // k in a row of a tile
+
+// Bytes of four activations in RowLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
 constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
+
+// Levels where w8a16 and w4a16 split 16-bit integers into two integer products; elsewhere float products are as fast.
+constexpr bool splits_activations(Isa isa) { return isa >= Isa::avx512vnni; }
+
+// Quantized rows in memory. A row has one plane or two (high bytes, low bytes), which count as rows of their own.
+struct QuantizedRows {
+  RowLayout layout;
+  int planes;
+  bool biased;  // every byte is less by 128, as int8 (w4a8, w4a16): the zero points and sums are those of such bytes
+  uint8_t* q;
+  int64_t stride;  // bytes from a row to the next; a multiple of 64. What lies between a row's end and the stride is 0
+  float* scale;    // [rows]
+  int32_t* zero;       // [rows, planes]
+  int32_t* group_sum;  // [rows, planes, groups]: sums of a plane's bytes over each group of k, or null
+
+  uint8_t* row(int r, int plane) const {
+    if (layout == RowLayout::tiles)
+      return q + (r / kTileRows * planes + plane) * kTileRows * stride + r % kTileRows * kTileStep;
+    return q + (int64_t(r) * planes + plane) * stride;
+  }
+  // Bytes from one block of 64 k of a row to the next (layouts bytes and tiles).
+  int step_bytes() const { return layout == RowLayout::tiles ? kTileRows * kTileStep : kTileStep; }
+  // From row r on: a multiple of 16 where the layout is tiles.
+  QuantizedRows from(int r, int groups) const {
+    QuantizedRows rows = *this;
+    rows.q += int64_t(r) * planes * stride;
+    rows.scale += r;
+    rows.zero += int64_t(r) * planes;
+    if (rows.group_sum) rows.group_sum += int64_t(r) * planes * groups;
+    return rows;
+  }
+};
 
 struct QuantizeRowsArgs {
   const void* x;  // [rows, k], rows x_stride elements apart
   Dtype dtype;
   int64_t x_stride;
-  int rows, k;
-  QuantizedLayout layout;
-  uint8_t* q;  // rows q_stride bytes apart, with room for k rounded up to 16 values; the bytes past k are 0
-  int64_t q_stride;
-  float* scale;        // [rows]
-  int32_t* zero;       // [rows]
-  int32_t* group_sum;  // [rows, groups] sums of q over each group of k, or null
-  int group;
+  int row_begin, row_end;
+  int k, group;
+  QuantizedRows out;
 };
 
 using QuantizeRowsFn = void(const QuantizeRowsArgs&);

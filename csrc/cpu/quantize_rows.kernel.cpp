@@ -17,6 +17,9 @@ struct RowRange {
   int32_t zero;
 };
 
+template <int planes>
+constexpr int kLevels = planes == 1 ? 255 : 65535;  // the largest q
+
 // Sixteen elements from x[i]; those past k read as 0.
 template <Dtype dtype>
 LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
@@ -27,7 +30,7 @@ LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
   return load_f32<dtype>(tail);
 }
 
-template <Dtype dtype>
+template <Dtype dtype, int planes>
 LEPTON_INLINE RowRange range_of(const char* x, int k) {
   F32x16 lowest = broadcast_f32(0), highest = lowest, finite = lowest;
   for (int i = 0; i < k; i += kLanes) {
@@ -47,37 +50,56 @@ LEPTON_INLINE RowRange range_of(const char* x, int k) {
     sum += check[i];
   }
   if (sum != sum) return {sum, 0, 0};
-  const float scale = hi * (1.0f / 255) - lo * (1.0f / 255);
+  constexpr float kStep = 1.0f / kLevels<planes>;
+  const float scale = hi * kStep - lo * kStep;
   if (scale < kSmallestNormal) return {0, 0, 0};
   const float inverse = 1.0f / scale;
   const float zero = (-lo * inverse + 0x1.8p23f) - 0x1.8p23f;  // rounds to nearest even
-  return {scale, inverse, int32_t(zero > 255 ? 255 : zero)};
+  return {scale, inverse, int32_t(zero > kLevels<planes> ? kLevels<planes> : zero)};
 }
 
-// Returns the bytes written.
-template <Dtype dtype, QuantizedLayout layout>
-LEPTON_INLINE int quantize_row(const char* x, int k, const RowRange& range, uint8_t* q) {
-  constexpr int stride = layout == QuantizedLayout::quads ? kLanes / 4 * kQuadBytes : kLanes;
+LEPTON_INLINE I32x16 with_zeros_from(I32x16 value, int lane) {
+  int32_t lanes[kLanes];
+  store_i32(lanes, value);
+  for (int i = lane; i < kLanes; ++i) lanes[i] = 0;
+  return load_i32(lanes);
+}
+
+template <bool quads>
+LEPTON_INLINE void store_q(uint8_t* q, I32x16 value) {
+  if constexpr (quads)
+    store_quads(q, value);
+  else
+    store_u8(q, value);
+}
+
+// Writes a row's planes, zeros up to the stride included.
+template <Dtype dtype, int planes, bool quads>
+LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, const QuantizedRows& out, int row) {
   const F32x16 inverse = broadcast_f32(range.inverse);
-  const I32x16 zero = broadcast_i32(range.zero), low = broadcast_i32(0), high = broadcast_i32(255);
-  for (int i = 0; i < k; i += kLanes, q += stride) {
-    const F32x16 v = load_padded<dtype>(x, i, k);
-    I32x16 value = min(max(add(round_i32(mul(v, inverse)), zero), low), high);
-    if (i + kLanes > k) {  // the values past k are 0, not the zero point: weights there are 0, but sums of q are taken
-      int32_t tail[kLanes];
-      __builtin_memcpy(tail, &value, sizeof(tail));
-      for (int j = k - i; j < kLanes; ++j) tail[j] = 0;
-      value = load_i32(tail);
+  const I32x16 zero = broadcast_i32(range.zero), low = broadcast_i32(0), high = broadcast_i32(kLevels<planes>);
+  constexpr int kVector = quads ? kLanes / kQuad * kQuadBytes : kLanes;  // bytes of sixteen values
+  uint8_t* const first = out.row(row, 0);
+  uint8_t* const second = out.row(row, planes - 1);
+  const I32x16 bias = broadcast_i32(out.biased ? 128 : 0);
+  const int step = out.step_bytes(), padded = int(out.stride / kVector * kLanes);
+  for (int i = 0; i < padded; i += kLanes) {
+    I32x16 bytes[2] = {low, low};
+    if (i < k && range.scale == range.scale) {
+      const F32x16 v = load_padded<dtype>(x, i, k);
+      const I32x16 value = min(max(add(round_i32(mul(v, inverse)), zero), low), high);
+      bytes[0] = bit_xor(planes == 1 ? value : shift_right<8>(value), bias);
+      bytes[1] = bit_xor(bit_and(value, broadcast_i32(255)), bias);
+      if (i + kLanes > k)
+        for (I32x16& part : bytes) part = with_zeros_from(part, k - i);
     }
-    if constexpr (layout == QuantizedLayout::quads)
-      store_quads(q, value);
-    else
-      store_u8(q, value);
+    const int64_t at = quads ? i / kLanes * kVector : int64_t(i / kTileStep) * step + i % kTileStep;
+    store_q<quads>(first + at, bytes[0]);
+    if constexpr (planes == 2) store_q<quads>(second + at, bytes[1]);
   }
-  return divide_up(k, kLanes) * stride;
 }
 
-LEPTON_INLINE void sum_groups(const uint8_t* q, int k, int group, int32_t* sums) {
+LEPTON_INLINE void sum_groups(const int8_t* q, int k, int group, int32_t* sums) {
   for (int k0 = 0; k0 < k; k0 += group) {
     const int end = k0 + group < k ? k0 + group : k;
     int32_t sum = 0;
@@ -86,41 +108,44 @@ LEPTON_INLINE void sum_groups(const uint8_t* q, int k, int group, int32_t* sums)
   }
 }
 
-template <Dtype dtype, QuantizedLayout layout>
-void quantize(const QuantizeRowsArgs& args) {
-  const int groups = args.group_sum ? (args.k + args.group - 1) / args.group : 0;
-  for (int r = 0; r < args.rows; ++r) {
+template <Dtype dtype, int planes, bool quads>
+LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
+  const QuantizedRows& out = args.out;
+  for (int r = args.row_begin; r < args.row_end; ++r) {
     const char* x = static_cast<const char*>(args.x) + r * args.x_stride * dtype_bytes(dtype);
-    uint8_t* q = args.q + r * args.q_stride;
-    RowRange range = range_of<dtype>(x, args.k);
-    args.scale[r] = range.scale;
-    args.zero[r] = range.zero;
-    int written = 0;
-    if (range.scale == range.scale) written = quantize_row<dtype, layout>(x, args.k, range, q);
-    __builtin_memset(q + written, 0, size_t(args.q_stride - written));
-    if (args.group_sum) sum_groups(q, args.k, args.group, args.group_sum + int64_t(r) * groups);
+    const RowRange range = range_of<dtype, planes>(x, args.k);
+    out.scale[r] = range.scale;
+    const int bias = out.biased ? 128 : 0;
+    out.zero[r * planes] = (planes == 1 ? range.zero : range.zero >> 8) - bias;
+    if constexpr (planes == 2) out.zero[r * planes + 1] = (range.zero & 255) - bias;
+    quantize_row<dtype, planes, quads>(x, args.k, range, out, r);
+    if (out.group_sum == nullptr) continue;
+    const int groups = divide_up(args.k, args.group);
+    for (int plane = 0; plane < planes; ++plane)
+      sum_groups(reinterpret_cast<const int8_t*>(out.row(r, plane)), args.k, args.group,
+                 out.group_sum + (int64_t(r) * planes + plane) * groups);
   }
 }
 
-template <QuantizedLayout layout>
-LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
+template <int planes, bool quads>
+void quantize(const QuantizeRowsArgs& args) {
   switch (args.dtype) {
     case Dtype::f32:
-      return quantize<Dtype::f32, layout>(args);
+      return quantize<Dtype::f32, planes, quads>(args);
     case Dtype::bf16:
-      return quantize<Dtype::bf16, layout>(args);
+      return quantize<Dtype::bf16, planes, quads>(args);
     case Dtype::f16:
-      return quantize<Dtype::f16, layout>(args);
+      return quantize<Dtype::f16, planes, quads>(args);
   }
 }
 
 }  // namespace
 
 void quantize_rows(const QuantizeRowsArgs& args) {
-  if (args.layout == QuantizedLayout::quads)
-    quantize<QuantizedLayout::quads>(args);
-  else
-    quantize<QuantizedLayout::bytes>(args);
+  const bool quads = args.out.layout == RowLayout::quads;
+  if (args.out.planes == 1) return quads ? quantize<1, true>(args) : quantize<1, false>(args);
+  if constexpr (splits_activations(Isa::LEPTON_ISA))
+    return quads ? quantize<2, true>(args) : quantize<2, false>(args);
 }
 
 }  // namespace lepton::LEPTON_ISA

@@ -23,14 +23,15 @@ class Packed(NamedTuple):
     k: int
     bits: int
     group: int
+    symmetric: bool  # 4 bit: no zero points
 
 
 _packed: Derived[Packed] = Derived()
 
 
-def _allocate(n: int, k: int, bits: int, group: int) -> Packed:
-    data = torch.empty(C.packed_bytes(n, k, bits, group), dtype=torch.uint8)
-    return Packed(data, data.data_ptr(), n, k, bits, group)
+def _allocate(n: int, k: int, bits: int, group: int, symmetric: bool) -> Packed:
+    data = torch.empty(C.packed_bytes(n, k, bits, group, symmetric), dtype=torch.uint8)
+    return Packed(data, data.data_ptr(), n, k, bits, group, symmetric)
 
 
 def pack_int8(weight_packed: Tensor, weight_scale: Tensor) -> Packed:
@@ -38,7 +39,7 @@ def pack_int8(weight_packed: Tensor, weight_scale: Tensor) -> Packed:
 
     def make() -> Packed:
         n, k = weight_packed.shape
-        packed = _allocate(n, k, 8, k)
+        packed = _allocate(n, k, 8, k, True)
         weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
         C.pack_int8(weight.data_ptr(), scale.data_ptr(), n, k, packed.address)
         return packed
@@ -53,7 +54,8 @@ def pack_int4(
 
     def make() -> Packed:
         n, words = weight_packed.shape
-        packed = _allocate(n, k, 4, k if group_size == -1 else min(group_size, -(-k // 16) * 16))
+        group = k if group_size == -1 else min(group_size, -(-k // 16) * 16)
+        packed = _allocate(n, k, 4, group, weight_zero_point is None)
         weight, scale = weight_packed.contiguous(), weight_scale.to(torch.float32).contiguous()
         zero = None if weight_zero_point is None else weight_zero_point.contiguous()
         C.pack_int4(
@@ -77,7 +79,7 @@ def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: b
         bias = bias.to(torch.float32).contiguous()
     C.gemm(
         rows.data_ptr(), _DTYPES[x.dtype], rows.stride(0), m, packed.address, packed.n, packed.k, packed.bits,
-        packed.group, 0 if bias is None else bias.data_ptr(), y.data_ptr(), quantize_activations,
+        packed.group, packed.symmetric, 0 if bias is None else bias.data_ptr(), y.data_ptr(), quantize_activations,
         torch.get_num_threads(),
     )  # fmt: skip
     return y

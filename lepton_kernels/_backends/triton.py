@@ -141,8 +141,8 @@ def gemm_int4(
     row_scale = row_zero = sums = None
     if quantize_activations:
         rows, row_scale, row_zero = quantize_rows(rows)
-        sources = (weight_packed,) if weight_zero_point is None else (weight_packed, weight_zero_point)
-        sums = _column_sums.get(sources, (k, size), lambda: _group_sums(weight, zero, k, size))
+        sources = (weight_packed, weight_scale) + (() if weight_zero_point is None else (weight_zero_point,))
+        sums = _column_sums.get(sources, (k, size), lambda: _column_sums_int4(weight, scale, zero, k, group_size))
     with _on(x):
         _launch(
             _kernels().gemm_int4, choose(m, rows.dtype, size), m, n,
@@ -152,13 +152,10 @@ def gemm_int4(
     return y
 
 
-def _group_sums(weight: Tensor, zero: Tensor | None, k: int, size: int) -> Tensor:
-    """int32 [n, groups]: the sum of V - zero in each group."""
-    values = reference.unpack_int4(weight, k)
-    padded = torch.nn.functional.pad(values, (0, -k % size)).view(values.shape[0], -1, size)
-    sums = padded.sum(2, dtype=torch.int32)
-    if zero is None:
-        return sums
-    lengths = torch.full((sums.shape[1],), size, dtype=torch.int32, device=weight.device)
-    lengths[-1] = k - (sums.shape[1] - 1) * size
-    return sums - zero.to(torch.int32) * lengths
+
+def _column_sums_int4(weight: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int) -> Tensor:
+    """f32 [n]: the sum of each output's dequantized weights."""
+    values = reference.unpack_int4(weight, k).to(torch.int32)
+    if zero is not None:
+        values -= reference.expand_groups(zero, k, group_size)
+    return reference.column_sums_int4(values, scale, group_size)

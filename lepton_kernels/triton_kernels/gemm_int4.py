@@ -2,7 +2,7 @@
 
 A group's sum is made first and scaled after, in group order: one product a group instead of one a weight. V - zero lies
 in -15..15, exact in every operand type. INTEGER (w4a8): X holds q - 128 of quantize_rows, a group's sum is exact int32,
-    Y = sum over groups of (sum q'v - zero' * sum v) * scale, times row_scale, + bias.
+    Y = (sum over groups of (sum q'v) * scale - zero' * column_sum) * row_scale + bias.
 Else (w4a16): weights are widened to X's type and sums are float32.
 """
 
@@ -36,7 +36,7 @@ def gemm_int4(
     zero_ptr,  # i8 [n, groups], or None
     row_scale_ptr,  # f32 [m], or None
     row_zero_ptr,  # i32 [m], zero - 128, or None
-    group_sum_ptr,  # i32 [n, groups], sum of V - zero in the group, or None
+    column_sum_ptr,  # f32 [n], sum of (V - zero) * scale, or None
     bias_ptr,  # f32 [n], or None
     y_ptr,  # float [m, n]
     m,
@@ -57,9 +57,6 @@ def gemm_int4(
     x_row_ptr = x_ptr + rows[:, None] * x_stride
     w_col_ptr = w_ptr + cols[None, :].to(tl.int64) * row_bytes
     of_group = cols.to(tl.int64) * groups
-    if INTEGER:
-        row_zero = tl.load(row_zero_ptr + rows, row_ok, 0)
-
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for group in range(0, groups):
         end = tl.minimum((group + 1) * GROUP, k)
@@ -70,10 +67,10 @@ def gemm_int4(
         else:
             for k0 in range(group * GROUP, end, BLOCK_K):
                 sums = add_block(sums, x_row_ptr, w_col_ptr, row_ok, col_ok, zero, k0, end, BLOCK_K, BLOCK_N)
-        if INTEGER:
-            sums -= row_zero[:, None] * tl.load(group_sum_ptr + of_group + group, col_ok, 0)[None, :]
         y += sums.to(tl.float32) * tl.load(scale_ptr + of_group + group, col_ok, 0.0).to(tl.float32)[None, :]
 
     if INTEGER:
+        row_zero = tl.load(row_zero_ptr + rows, row_ok, 0).to(tl.float32)
+        y -= row_zero[:, None] * tl.load(column_sum_ptr + cols, col_ok, 0.0)[None, :]
         y *= tl.load(row_scale_ptr + rows, row_ok, 0.0)[:, None]
     store_tile(y, bias_ptr, y_ptr, rows, cols, m, n)

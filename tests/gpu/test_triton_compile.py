@@ -67,8 +67,8 @@ for architecture in (80, 90):
             results[f"gemm_int4 {'w4a8' if integer else 'w4a16'} m={m} sm_{architecture}"] = compiled(
                 kernels.gemm_int4,
                 dict(shared, w_ptr="*u8", scale_ptr="*bf16", zero_ptr="*i8",
-                     **(dict(group_sum_ptr="*i32") if integer else {})),
-                dict(tile, GROUP=128, **absent, **({} if integer else dict(group_sum_ptr=None))),
+                     **(dict(column_sum_ptr="*fp32") if integer else {})),
+                dict(tile, GROUP=128, **absent, **({} if integer else dict(column_sum_ptr=None))),
                 config, architecture)
 print(json.dumps(results))
 """

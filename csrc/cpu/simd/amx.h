@@ -2,20 +2,20 @@
 // activations, 6 and 7 for weights; all have the full shape, and callers pad with zeros.
 #pragma once
 
+#include "cpu/quantize_rows.h"
 #include "cpu/simd/avx512vnni.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kTileRows = 16;
-constexpr int kTileBytes = 64;  // a row of a tile: 16 quads of bytes, or 16 pairs of bf16
+constexpr int kTileBytes = kTileRows * kTileStep;  // of 16 rows of activations, or of a panel's weights
 
 // Tile registers for the length of a scope. Released at its end, so that a switch of threads need not save them.
 struct TileScope {
   LEPTON_INLINE TileScope() {
     alignas(64) uint8_t config[64] = {1};  // palette 1; from 16 on the bytes of a row, from 48 on the rows
     for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = kTileBytes;
+      config[16 + 2 * tile] = kTileStep;
       config[48 + tile] = kTileRows;
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
@@ -28,60 +28,84 @@ LEPTON_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
 template <int tile>
-LEPTON_INLINE void tile_load(const void* p, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(tile) : "memory");
+LEPTON_INLINE void tile_load(const void* p) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(kTileStep)), "i"(tile) : "memory");
+}
+// The same, for what should not push other lines out of the first-level cache.
+template <int tile>
+LEPTON_INLINE void tile_load_once(const void* p) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(kTileStep)), "i"(tile) : "memory");
 }
 template <int tile>
-LEPTON_INLINE void tile_store(void* p, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(tile) : "memory");
+LEPTON_INLINE void tile_store(void* p) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t(kTileStep)), "i"(tile) : "memory");
 }
-// sum[16][16] i32 += a u8 [16][64] . w s8 [16][16][4]
-template <int sum, int a, int w>
-LEPTON_INLINE void tile_dot_u8s8() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
+// sum[16][16] i32 += a s8 or u8 [16][64] . w s8 [16][16][4]
+template <bool signed_a, int sum, int a, int w>
+LEPTON_INLINE void tile_dot() {
+  if constexpr (signed_a)
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
+  else
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
 }
 
-constexpr int kTileStep = 64;                       // k of one product
-constexpr int kTileRowBlock = 2 * kTileRows;        // rows of a 2 x 2 block of sums
-constexpr int kTilePanels = 2;                      // panels of it
-constexpr int kTileSumsRow = kTilePanels * kPanel;  // i32 in a row of its sums
+constexpr int kTilePanels = 2;                                  // panels of a 2 x 2 block of sums
+constexpr int kTileSums = kTileRows * kPanel;                   // i32 of one tile of sums
+constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;      // of a 2 x 2 block
 
-// sums[row_tiles * 16][kTileSumsRow], its first panels * 16 columns, (+)= A @ W over `steps` steps of k. A: u8, rows
-// a_stride bytes apart. W: s8 [k / 4][16][4], panels w_stride bytes apart.
-template <int row_tiles, int panels>
+// Weights that a product will want next, fetched to the second-level cache a few lines a step.
+struct TilePrefetch {
+  const uint8_t* next;  // the first panel's
+  int64_t panel_bytes;
+  int lines;  // of each panel, each step
+};
+
+// sums[2][panels][16][16] = before + A @ W over `steps` steps of k; before: the same, or null for zeros. A: layout
+// tiles, 16 rows a_stride bytes apart. W: s8 [k / 4][16][4], panels w_stride bytes apart. With row_tiles == 1 only the
+// first half of the sums.
+template <bool signed_a, int row_tiles, int panels>
 LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int steps,
-                                 bool first, int32_t* sums) {
-  constexpr int64_t row_bytes = kTileSumsRow * 4;
-  int32_t* const below = sums + kTileRows * kTileSumsRow;
-  if (first) {
+                                 const int32_t* before, int32_t* sums, TilePrefetch prefetch) {
+  constexpr int kBelow = panels * kTileSums;
+  if (before == nullptr) {
     tile_zero<0>();
     if constexpr (panels == 2) tile_zero<1>();
     if constexpr (row_tiles == 2) tile_zero<2>();
     if constexpr (row_tiles == 2 && panels == 2) tile_zero<3>();
   } else {
-    tile_load<0>(sums, row_bytes);
-    if constexpr (panels == 2) tile_load<1>(sums + kPanel, row_bytes);
-    if constexpr (row_tiles == 2) tile_load<2>(below, row_bytes);
-    if constexpr (row_tiles == 2 && panels == 2) tile_load<3>(below + kPanel, row_bytes);
+    tile_load<0>(before);
+    if constexpr (panels == 2) tile_load<1>(before + kTileSums);
+    if constexpr (row_tiles == 2) tile_load<2>(before + kBelow);
+    if constexpr (row_tiles == 2 && panels == 2) tile_load<3>(before + kBelow + kTileSums);
   }
-  for (int step = 0; step < steps; ++step, a += kTileStep, w += kTileStep * kPanel) {
-    tile_load<6>(w, kTileBytes);
-    tile_load<4>(a, a_stride);
-    tile_dot_u8s8<0, 4, 6>();
-    if constexpr (row_tiles == 2) {
-      tile_load<5>(a + kTileRows * a_stride, a_stride);
-      tile_dot_u8s8<2, 5, 6>();
+  for (int step = 0; step < steps; ++step, a += kTileBytes, w += kTileBytes) {
+    tile_load_once<4>(a);
+    tile_load<6>(w);
+    if constexpr (row_tiles == 2) tile_load_once<5>(a + a_stride);
+    if constexpr (panels == 2) tile_load<7>(w + w_stride);
+    tile_dot<signed_a, 0, 4, 6>();
+    if constexpr (row_tiles == 2) tile_dot<signed_a, 2, 5, 6>();
+    for (int line = 0; line < prefetch.lines; ++line, prefetch.next += 64) {
+      _mm_prefetch(prefetch.next, _MM_HINT_T1);
+      if constexpr (panels == 2) _mm_prefetch(prefetch.next + prefetch.panel_bytes, _MM_HINT_T1);
     }
-    if constexpr (panels == 2) {
-      tile_load<7>(w + w_stride, kTileBytes);
-      tile_dot_u8s8<1, 4, 7>();
-      if constexpr (row_tiles == 2) tile_dot_u8s8<3, 5, 7>();
-    }
+    if constexpr (panels == 2) tile_dot<signed_a, 1, 4, 7>();
+    if constexpr (row_tiles == 2 && panels == 2) tile_dot<signed_a, 3, 5, 7>();
   }
-  tile_store<0>(sums, row_bytes);
-  if constexpr (panels == 2) tile_store<1>(sums + kPanel, row_bytes);
-  if constexpr (row_tiles == 2) tile_store<2>(below, row_bytes);
-  if constexpr (row_tiles == 2 && panels == 2) tile_store<3>(below + kPanel, row_bytes);
+  tile_store<0>(sums);
+  if constexpr (panels == 2) tile_store<1>(sums + kTileSums);
+  if constexpr (row_tiles == 2) tile_store<2>(sums + kBelow);
+  if constexpr (row_tiles == 2 && panels == 2) tile_store<3>(sums + kBelow + kTileSums);
+}
+
+// Calls body(row, rows, row_tile) for the rows, at most 16, whose sums stand in a pair of row tiles: two times 16 rows, or
+// both planes of 16.
+template <int planes, typename Body>
+LEPTON_INLINE void for_tiles_of_pair(int rows, int pair, const Body& body) {
+  for (int row_tile = 0; row_tile < 2; row_tile += planes) {
+    const int row = (2 * pair + row_tile) / planes * kTileRows, left = rows - row;
+    if (left > 0) body(row, left < kTileRows ? left : kTileRows, row_tile);
+  }
 }
 
 }  // namespace

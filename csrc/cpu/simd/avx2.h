@@ -73,6 +73,9 @@ LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_HALVES(I32x16, _mm256_set
 LEPTON_INLINE I32x16 load_i32(const void* p) {
   LEPTON_HALVES(I32x16, _mm256_loadu_si256(static_cast<const __m256i*>(p) + h));
 }
+LEPTON_INLINE I32x16 load_u8(const uint8_t* p) {
+  LEPTON_HALVES(I32x16, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * h))));
+}
 LEPTON_INLINE void store_i32(void* p, I32x16 x) {
   for (int h = 0; h < 2; ++h) _mm256_storeu_si256(static_cast<__m256i*>(p) + h, x.half[h]);
 }
@@ -82,6 +85,7 @@ LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_mull
 LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_min_epi32(a.half[h], b.half[h])); }
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_max_epi32(a.half[h], b.half[h])); }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_and_si256(a.half[h], b.half[h])); }
+LEPTON_INLINE I32x16 bit_xor(I32x16 a, I32x16 b) { LEPTON_HALVES(I32x16, _mm256_xor_si256(a.half[h], b.half[h])); }
 template <int n>
 LEPTON_INLINE I32x16 shift_left(I32x16 a) {
   LEPTON_HALVES(I32x16, _mm256_slli_epi32(a.half[h], n));
@@ -145,7 +149,7 @@ LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
   });
 }
 
-// Here vpmaddubsw is exact: 2 * 255 * 15 = 7650, and four of them still fit int16.
+// Here vpmaddubsw is exact: 2 * 15 * 128 = 3840, and four of them fit int16.
 template <int rows>
 LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
   const __m256i low = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
@@ -155,9 +159,9 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
     const __m256i quad[4] = {_mm256_and_si256(w0, low), _mm256_and_si256(_mm256_srli_epi16(w0, 4), low),
                              _mm256_and_si256(w1, low), _mm256_and_si256(_mm256_srli_epi16(w1, 4), low)};
     unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
-      __m256i sum = _mm256_maddubs_epi16(broadcast_quad(a + r * lda), quad[0]);
+      __m256i sum = _mm256_maddubs_epi16(quad[0], broadcast_quad(a + r * lda));
       for (int q = 1; q < 4; ++q)
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(broadcast_quad(a + r * lda + 4 * q), quad[q]));
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], broadcast_quad(a + r * lda + 4 * q)));
       add_products(acc[r].half[h], sum, ones);
     });
   });

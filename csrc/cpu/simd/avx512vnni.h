@@ -55,6 +55,9 @@ LEPTON_INLINE F32x16 to_f32(I32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LEPTON_INLINE I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }
+LEPTON_INLINE I32x16 load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 LEPTON_INLINE void store_i32(void* p, I32x16 x) { _mm512_storeu_si512(p, x.v); }
 LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
@@ -62,6 +65,7 @@ LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b
 LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+LEPTON_INLINE I32x16 bit_xor(I32x16 a, I32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int n>
 LEPTON_INLINE I32x16 shift_left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, n)};
@@ -108,8 +112,8 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
     const __m512i pair = _mm512_loadu_si512(w + 64 * j);
     const __m512i first = _mm512_and_si512(pair, low), second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
     unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
-      acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda), first);
-      acc[r].v = _mm512_dpbusd_epi32(acc[r].v, broadcast_quad(a + r * lda + 4), second);
+      acc[r].v = _mm512_dpbusd_epi32(acc[r].v, first, broadcast_quad(a + r * lda));
+      acc[r].v = _mm512_dpbusd_epi32(acc[r].v, second, broadcast_quad(a + r * lda + 4));
     });
   }
 }

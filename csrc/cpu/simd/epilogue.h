@@ -38,22 +38,24 @@ LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16
   }
 }
 
-template <int rows, typename Body>
+template <int rows, int multiple, typename Body>
 LEPTON_INLINE void call_with_rows(int count, int row, const Body& body) {
   if constexpr (rows > 0) {
     if (count == rows)
       body.template operator()<rows>(row);
     else
-      call_with_rows<rows - 1>(count, row, body);
+      call_with_rows<rows - multiple, multiple>(count, row, body);
   }
 }
 
-// Calls body.operator()<rows>(row) over all rows: kRows at a time, then what is left at once, so no row is padding.
-template <int kRows, typename Body>
+// Calls body.operator()<rows>(row) over all rows, a multiple of `multiple`: kRows at a time, then what is left at once,
+// so no row is padding.
+template <int kRows, int multiple = 1, typename Body>
 LEPTON_INLINE void for_row_blocks(int rows, const Body& body) {
+  static_assert(kRows % multiple == 0);
   int row = 0;
   for (; row + kRows <= rows; row += kRows) body.template operator()<kRows>(row);
-  call_with_rows<kRows - 1>(rows - row, row, body);
+  call_with_rows<kRows - multiple, multiple>(rows - row, row, body);
 }
 
 }  // namespace

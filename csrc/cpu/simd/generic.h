@@ -93,6 +93,7 @@ LEPTON_INLINE I32x16 round_i32(F32x16 v) { LEPTON_LANES(I32x16, int32_t(bits_of(
 LEPTON_INLINE F32x16 to_f32(I32x16 v) { LEPTON_LANES(F32x16, float(v.lane[i])); }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_LANES(I32x16, x); }
+LEPTON_INLINE I32x16 load_u8(const uint8_t* p) { LEPTON_LANES(I32x16, p[i]); }
 LEPTON_INLINE I32x16 load_i32(const void* p) {
   I32x16 out;
   __builtin_memcpy(&out, p, sizeof(out));
@@ -105,6 +106,7 @@ LEPTON_INLINE I32x16 mul(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] * 
 LEPTON_INLINE I32x16 min(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 LEPTON_INLINE I32x16 max(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 LEPTON_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] & b.lane[i]); }
+LEPTON_INLINE I32x16 bit_xor(I32x16 a, I32x16 b) { LEPTON_LANES(I32x16, a.lane[i] ^ b.lane[i]); }
 template <int n>
 LEPTON_INLINE I32x16 shift_left(I32x16 a) {
   LEPTON_LANES(I32x16, int32_t(uint32_t(a.lane[i]) << n));
@@ -130,11 +132,16 @@ LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
 }
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
 
-template <int rows>
-LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+template <int rows, typename Activation>
+LEPTON_INLINE void dot_quad(I32x16 (&acc)[rows], const Activation* a, int64_t lda, const int8_t* w) {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < 16; ++c)
       for (int i = 0; i < 4; ++i) acc[r].lane[c] += int32_t(a[r * lda + i]) * w[4 * c + i];
+}
+
+template <int rows>
+LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+  dot_quad<rows>(acc, a, lda, w);
 }
 
 template <int rows>
@@ -142,7 +149,7 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
   int8_t quad[64];
   for (int q = 0; q < 4; ++q, a += 4) {
     for (int i = 0; i < 64; ++i) quad[i] = int8_t((w[64 * (q / 2) + i] >> (4 * (q % 2))) & 0xf);
-    dot_s8<rows>(acc, a, lda, quad);
+    dot_quad<rows>(acc, reinterpret_cast<const int8_t*>(a), lda, quad);
   }
 }
 
