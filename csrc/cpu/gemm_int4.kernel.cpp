@@ -146,21 +146,35 @@ LEPTON_INLINE int unpack_block(const PackedWeight& weight, int panel, int& group
   return count;
 }
 
-// y[rows][16] += one group's exact sums, scaled; the last group's result goes to Y.
-template <int planes>
-LEPTON_INLINE void add_group(const GemmTile& tile, int row, int rows, int panel, int group, const int32_t* sums,
-                             int plane_step, float* y) {
-  const F32x16 scale = load_f32<Dtype::f32>(tile.weight.scale(panel, group));
-  const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
-  const bool first = group == 0, last = group + 1 == tile.weight.groups();
-  for (int r = 0; r < rows; ++r, sums += kPanel, y += kPanel) {
-    const F32x16 sum = join_planes<planes>(load_i32(sums), load_i32(sums + plane_step));
-    const F32x16 before = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
-    const F32x16 after = add(before, mul(sum, scale));
-    if (last)
-      write_output<planes>(tile, row + r, panel, after, column_sum, bias);
-    else
-      store_f32<Dtype::f32>(y, after);
+// y[16][16] += one group's exact sums, scaled.
+template <int planes, bool first>
+LEPTON_INLINE void add_group(const int32_t* sums, int plane_step, F32x16 scale, float* y) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kTileSums; i += kPanel) {
+    const F32x16 sum = join_planes<planes>(load_i32(sums + i), load_i32(sums + plane_step + i));
+    const F32x16 before = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + i);
+    store_f32<Dtype::f32>(y + i, add(before, mul(sum, scale)));
+  }
+}
+
+// Adds the sums of a pair of row tiles, and after the last group writes Y.
+template <int planes, int panels>
+LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int group, const int32_t* sums, float* y) {
+  const PackedWeight& weight = tile.weight;
+  for (int p = 0; p < panels; ++p) {
+    const int panel = panel0 + p;
+    const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel, group));
+    for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
+      const int place = (row_tile * panels + p) * kTileSums;
+      if (group == 0)
+        add_group<planes, true>(sums + place, panels * kTileSums, scale, y + place);
+      else
+        add_group<planes, false>(sums + place, panels * kTileSums, scale, y + place);
+      if (group + 1 < weight.groups()) return;
+      const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(weight.sum_f32(panel));
+      for (int r = 0; r < rows; ++r)
+        write_output<planes>(tile, row + r, panel, load_f32<Dtype::f32>(y + place + r * kPanel), column_sum, bias);
+    });
   }
 }
 
@@ -194,12 +208,7 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
         else
           tile_multiply<true, 1, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
         prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
-        if (!piece.last) continue;
-        for (int p = 0; p < panels; ++p)
-          for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
-            const int place = (row_tile * panels + p) * kTileSums;
-            add_group<planes>(tile, row, rows, panel + p, piece.group, sums + place, panels * kTileSums, y + place);
-          });
+        if (piece.last) add_pair<planes, panels>(tile, pair, panel, piece.group, sums, y);
       }
     }
   }
