@@ -25,47 +25,35 @@ _library.define(
 )
 
 
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
+# Messages are made where a check fails: a formatted string costs as much as a small product.
 def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        _check(
-            tensor is None or tensor.device == x.device,
-            f"{name} is on {tensor is not None and tensor.device}, x on {x.device}; allowed: one device for all",
-        )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; allowed: one device for all")
 
 
 def check_input(x: Tensor, k: int) -> None:
     """x must be [..., k] in a float dtype, on the CPU or with a backend of its own."""
-    _check(x.dtype in FLOAT_DTYPES, f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16")
-    _check(
-        x.dim() >= 1 and x.shape[-1] == k,
-        f"x has shape {tuple(x.shape)}; allowed: [..., {k}] (in_features of this layer)",
-    )
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: [..., {k}] (in_features of this layer)")
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
-    _check(
-        bias is None or tuple(bias.shape) == (n,),
-        f"bias has shape {bias is not None and tuple(bias.shape)}; allowed: ({n},)",
-    )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; allowed: ({n},)")
 
 
 def check_int8(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """weight_packed int8 [n, k], weight_scale [n, 1], bias [n] or None."""
-    _check(
-        weight_packed.dim() == 2 and weight_packed.dtype is torch.int8,
-        f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int8 [n, k]",
-    )
+    if weight_packed.dim() != 2 or weight_packed.dtype is not torch.int8:
+        raise ValueError(f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int8 [n, k]")
     _check_devices(x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
     n, k = weight_packed.shape
     check_input(x, k)
-    _check(
-        tuple(weight_scale.shape) == (n, 1), f"weight_scale has shape {tuple(weight_scale.shape)}; allowed: ({n}, 1)"
-    )
+    if tuple(weight_scale.shape) != (n, 1):
+        raise ValueError(f"weight_scale has shape {tuple(weight_scale.shape)}; allowed: ({n}, 1)")
     _check_bias(bias, n)
 
 
@@ -78,30 +66,26 @@ def check_int4(
     group_size: int,
 ) -> None:
     """weight_packed int32 [n, ceil(k / 8)], weight_scale [n, groups], weight_zero_point int8 [n, groups] or None."""
-    _check(
-        weight_packed.dim() == 2 and weight_packed.dtype is torch.int32,
-        f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int32 [n, ceil(k / 8)]",
-    )
-    _check(
-        group_size == -1 or (group_size > 0 and group_size % 16 == 0),
-        f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row",
-    )
+    if weight_packed.dim() != 2 or weight_packed.dtype is not torch.int32:
+        raise ValueError(
+            f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int32 [n, ceil(k / 8)]"
+        )
+    if group_size != -1 and (group_size <= 0 or group_size % 16):
+        raise ValueError(f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row")
     _check_devices(
         x, weight_packed=weight_packed, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias
     )
     n, words = weight_packed.shape
     check_input(x, x.shape[-1])
     k = x.shape[-1]
-    _check(
-        -(-k // 8) == words,
-        f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}",
-    )
+    if -(-k // 8) != words:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}"
+        )
     groups = 1 if group_size == -1 else -(-k // group_size)
     for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
-        _check(
-            tensor is None or tuple(tensor.shape) == (n, groups),
-            f"{name} has shape {tensor is not None and tuple(tensor.shape)}; allowed: ({n}, {groups})",
-        )
+        if tensor is not None and tuple(tensor.shape) != (n, groups):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: ({n}, {groups})")
     _check_bias(bias, n)
 
 

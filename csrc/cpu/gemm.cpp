@@ -19,8 +19,9 @@ namespace {
 constexpr int kVectorCacheShare = 4, kTileCacheShare = 2;
 // Floats are read once for every block of widened weights, so that many rows share the widening.
 constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;
-// Below this many multiplications a second thread costs more than it saves (a fork and join take a few microseconds).
-constexpr int64_t kParallelWork = 400 * 1000;
+// Below this many multiplications a second thread costs more than it saves: ten microseconds of one row's work, and a
+// fork and join take five.
+constexpr int64_t kParallelWork = 1000 * 1000;
 // Tiles per thread: enough that a late thread costs little, few enough that dealing them out costs nothing.
 constexpr int kTilesPerThread = 4;
 // A tile's rows are a multiple of what a kernel takes at a time: 6 or 12 with vectors, 32 with tile registers.

@@ -70,15 +70,17 @@ def pack_int4(
 
 def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: bool) -> Tensor:
     """Y[..., n] = X[..., k] @ W^T + bias, in x's dtype, on torch's number of threads."""
-    rows = x if x.dim() == 2 else x.reshape(-1, packed.k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    m = rows.shape[0]
+    if x.is_contiguous():
+        rows, m, stride = x, x.numel() // packed.k, packed.k
+    else:
+        rows = x.reshape(-1, packed.k)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        m, stride = rows.shape[0], rows.stride(0)
     y = x.new_empty(*x.shape[:-1], packed.n)
     if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
     C.gemm(
-        rows.data_ptr(), _DTYPES[x.dtype], rows.stride(0), m, packed.address, packed.n, packed.k, packed.bits,
+        rows.data_ptr(), _DTYPES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.bits,
         packed.group, packed.symmetric, 0 if bias is None else bias.data_ptr(), y.data_ptr(), quantize_activations,
         torch.get_num_threads(),
     )  # fmt: skip

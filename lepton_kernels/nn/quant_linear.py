@@ -50,7 +50,8 @@ class QuantLinear(nn.Module):
         zero = None if self.scheme.symmetric else torch.zeros(out_features, groups, dtype=torch.int8, device=device)
         self.register_buffer("weight_zero_point", zero)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        empty = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", empty)
         self._packed: tuple[Tensor, int, cpu.Packed] | None = None
 
     @classmethod
@@ -66,19 +67,21 @@ class QuantLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        quantize_activations = self.scheme.activation == "int8"
+        # Straight to the kernel where nothing else looks on; _parameters and _buffers save nn.Module's slow lookup.
+        bias = self._parameters["bias"]
+        if (
+            type(x) is Tensor
+            and x.is_cpu
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            _ops.check_input(x, self.in_features)
+            return cpu.gemm(x, self._tiles(), bias, self.scheme.activation == "int8")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        if (
-            torch.compiler.is_compiling()
-            or device != "cpu"
-            or type(x) is not Tensor
-            or (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)))
-        ):
-            return self._forward_op(x, quantize_activations)
-        _ops.check_input(x, self.in_features)
-        return cpu.gemm(x, self._tiles(), self.bias, quantize_activations)
+        return self._forward_op(x, self.scheme.activation == "int8")
 
     def _forward_op(self, x: Tensor, quantize_activations: bool) -> Tensor:
         if self.scheme.weight_bits == 8:
@@ -91,8 +94,8 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
 
     def _tiles(self) -> cpu.Packed:
-        known = self._packed
-        if known is not None and known[0] is self.weight_packed and known[1] == version(self.weight_packed):
+        known, weight = self._packed, self._buffers["weight_packed"]
+        if known is not None and known[0] is weight and known[1] == version(weight):
             return known[2]
         if self.weight_packed.is_meta:
             raise RuntimeError(
