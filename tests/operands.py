@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How far a product of float activations may be off.
 
-    k roundings of the sum of magnitudes, one of the output's type, and half a step of 16-bit activations (quantize_rows.h).
+    k roundings of the sum of magnitudes, one of the output's type, half a step of 16-bit activations (quantize_rows.h).
     """
     x = x.float()
     magnitude = x.abs() @ weight.abs().T + 1
