@@ -21,6 +21,7 @@ def gemm(
     group: int,
     symmetric: bool,
     bias: int,
+    activation: int,
     y: int,
     quantize_activations: bool,
     threads: int,

@@ -17,11 +17,12 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("lepton", "DEF")
 _library.define(
-    "gemm_int8(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, bool quantize_activations) -> Tensor"
+    "gemm_int8(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, bool quantize_activations, "
+    "str activation='none') -> Tensor"
 )
 _library.define(
     "gemm_int4(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
-    "int group_size, bool quantize_activations) -> Tensor"
+    "int group_size, bool quantize_activations, str activation='none') -> Tensor"
 )
 
 
@@ -89,12 +90,24 @@ def check_int4(
     _check_bias(bias, n)
 
 
+def check_activation(activation: str) -> None:
+    """One of reference.ACTIVATIONS."""
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(reference.ACTIVATIONS)}")
+
+
 def _int8_on(backend: ModuleType) -> Callable[..., Tensor]:
     def gemm_int8(
-        x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+        x: Tensor,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        quantize_activations: bool,
+        activation: str = "none",
     ) -> Tensor:
         check_int8(x, weight_packed, weight_scale, bias)
-        return backend.gemm_int8(x, weight_packed, weight_scale, bias, quantize_activations)
+        check_activation(activation)
+        return backend.gemm_int8(x, weight_packed, weight_scale, bias, quantize_activations, activation)
 
     return gemm_int8
 
@@ -108,10 +121,12 @@ def _int4_on(backend: ModuleType) -> Callable[..., Tensor]:
         bias: Tensor | None,
         group_size: int,
         quantize_activations: bool,
+        activation: str = "none",
     ) -> Tensor:
         check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
+        check_activation(activation)
         return backend.gemm_int4(
-            x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations
+            x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations, activation
         )
 
     return gemm_int4
@@ -123,22 +138,36 @@ for _key, _backend in (("CPU", cpu), ("CUDA", triton)):
 
 
 @torch.library.register_fake("lepton::gemm_int8")
-def _gemm_int8_fake(x, weight_packed, weight_scale, bias, quantize_activations):  # type: ignore[no-untyped-def]
+def _gemm_int8_fake(x, weight_packed, weight_scale, bias, quantize_activations, activation="none"):  # type: ignore[no-untyped-def]
     check_int8(x, weight_packed, weight_scale, bias)
+    check_activation(activation)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
 @torch.library.register_fake("lepton::gemm_int4")
-def _gemm_int4_fake(x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations):  # type: ignore[no-untyped-def]
+def _gemm_int4_fake(
+    x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations, activation="none"
+):  # type: ignore[no-untyped-def]
     check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
+    check_activation(activation)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
-# The gradient to the input is that of the dequantized layer (activation quantization counts as the identity).
+# The gradient to the input is that of the dequantized layer (activation quantization counts as the identity); what the
+# activation function was given is computed again.
 def _int8_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight_packed, weight_scale, bias, _ = inputs
-    ctx.save_for_backward(weight_packed, weight_scale)
-    ctx.x_dtype, ctx.has_bias = x.dtype, bias is not None
+    x, weight_packed, weight_scale, bias, quantize_activations, activation = inputs
+    ctx.save_for_backward(weight_packed, weight_scale, *(() if activation == "none" else (x, bias)))
+    ctx.x_dtype, ctx.has_bias, ctx.activation = x.dtype, bias is not None, activation
+    ctx.quantize_activations = quantize_activations
+
+
+def _through_activation(grad: Tensor, activation: str, before: Callable[[], Tensor]) -> Tensor:
+    if activation == "none":
+        return grad
+    y = before().detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(reference.ACTIVATIONS[activation](y), y, grad)[0]
 
 
 def _grads(ctx, grad: Tensor, weight: Tensor, bias_index: int) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
@@ -147,21 +176,36 @@ def _grads(ctx, grad: Tensor, weight: Tensor, bias_index: int) -> tuple[Tensor, 
 
 
 def _int8_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x, grad_bias = _grads(ctx, grad, reference.dequantize_int8(*ctx.saved_tensors), 3)
-    return grad_x, None, None, grad_bias, None
+    packed, scale, *inputs = ctx.saved_tensors
+
+    def before() -> Tensor:
+        x, bias = inputs
+        return gemm_int8(x, packed, scale, bias, ctx.quantize_activations)
+
+    grad = _through_activation(grad, ctx.activation, before)
+    grad_x, grad_bias = _grads(ctx, grad, reference.dequantize_int8(packed, scale), 3)
+    return grad_x, None, None, grad_bias, None, None
 
 
 def _int4_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight_packed, weight_scale, weight_zero_point, _, group_size, _ = inputs
-    ctx.save_for_backward(weight_packed, weight_scale, weight_zero_point)
-    ctx.x_dtype, ctx.k, ctx.group_size = x.dtype, x.shape[-1], group_size
+    x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations, activation = inputs
+    kept = () if activation == "none" else (x, bias)
+    ctx.save_for_backward(weight_packed, weight_scale, weight_zero_point, *kept)
+    ctx.x_dtype, ctx.k, ctx.group_size, ctx.activation = x.dtype, x.shape[-1], group_size, activation
+    ctx.quantize_activations = quantize_activations
 
 
 def _int4_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    packed, scale, zero_point = ctx.saved_tensors
+    packed, scale, zero_point, *inputs = ctx.saved_tensors
+
+    def before() -> Tensor:
+        x, bias = inputs
+        return gemm_int4(x, packed, scale, zero_point, bias, ctx.group_size, ctx.quantize_activations)
+
+    grad = _through_activation(grad, ctx.activation, before)
     weight = reference.dequantize_int4(packed, scale, zero_point, ctx.k, ctx.group_size)
     grad_x, grad_bias = _grads(ctx, grad, weight, 4)
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None
 
 
 torch.library.register_autograd("lepton::gemm_int8", _int8_backward, setup_context=_int8_setup)

@@ -54,24 +54,34 @@ def translations() -> dict[Any, Callable[..., Any]]:
         q = op.Clip(op.Add(op.Round(op.Mul(x, inverse)), zero), number(0.0), number(255.0))
         return q, zero, op.Where(tiny, number(0.0), scale)
 
-    def finish(y: Any, bias: Any, x: Any) -> Any:
-        return op.CastLike(y if bias is None else op.Add(y, bias), x)
+    activations: dict[str, Callable[[Any], Any]] = {
+        "none": lambda y: y,
+        "relu": op.Relu,
+        "silu": lambda y: op.Mul(y, op.Sigmoid(y)),
+        "gelu": op.Gelu,
+        "gelu_tanh": lambda y: op.Gelu(y, approximate="tanh"),
+    }
 
-    def gemm_int8(x: Any, weight_packed: Any, weight_scale: Any, bias: Any, quantize_activations: bool) -> Any:
+    def finish(y: Any, bias: Any, activation: str, x: Any) -> Any:
+        return op.CastLike(activations[activation](y if bias is None else op.Add(y, bias)), x)
+
+    def gemm_int8(
+        x: Any, weight_packed: Any, weight_scale: Any, bias: Any, quantize_activations: bool, activation: str = "none"
+    ) -> Any:
         rows = op.Cast(x, to=1)
         scale = op.Squeeze(weight_scale, constant([1]))
         if not quantize_activations:
             weight = op.DequantizeLinear(weight_packed, scale, axis=0)
-            return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, x)
+            return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, activation, x)
         q, zero, row_scale = quantize_rows(rows)
         sums = op.MatMulInteger(op.Cast(q, to=2), op.Transpose(weight_packed, perm=[1, 0]))
         column_sum = op.ReduceSum(op.Cast(weight_packed, to=6), constant([1]), keepdims=0)
         exact = op.Sub(sums, op.Mul(op.Cast(zero, to=6), column_sum))
-        return finish(op.Mul(op.Cast(exact, to=1), op.Mul(row_scale, scale)), bias, x)
+        return finish(op.Mul(op.Cast(exact, to=1), op.Mul(row_scale, scale)), bias, activation, x)
 
     def gemm_int4(
         x: Any, weight_packed: Any, weight_scale: Any, weight_zero_point: Any, bias: Any, group_size: int,
-        quantize_activations: bool,
+        quantize_activations: bool, activation: str = "none",
     ) -> Any:  # fmt: skip
         n, words = weight_packed.shape
         k = x.shape[-1]
@@ -94,6 +104,6 @@ def translations() -> dict[Any, Callable[..., Any]]:
         if quantize_activations:
             q, zero, row_scale = quantize_rows(rows)
             rows = op.Mul(op.Sub(q, zero), row_scale)
-        return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, x)
+        return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, activation, x)
 
     return {_ops.gemm_int8: gemm_int8, _ops.gemm_int4: gemm_int4}

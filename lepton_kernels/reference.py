@@ -4,10 +4,22 @@ Slow and clear. The native kernels equal these to the last bit where activations
 fixed order of float steps), and within the rounding of float sums elsewhere.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _SMALLEST_NORMAL = 2.0**-126
+
+# What a layer may do to its sums, by name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+}
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,24 +95,30 @@ def column_sums_int4(values: Tensor, weight_scale: Tensor, group_size: int) -> T
     return total
 
 
-def _finish(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _finish(y: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> Tensor:
     if bias is not None:
         y = y + bias
+    y = ACTIVATIONS[activation](y)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def gemm_int8(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
-    """Y[..., n] = X[..., k] @ W[n, k]^T + bias, with W = weight_packed int8 * weight_scale; Y has x's dtype."""
+    """Y[..., n] = activation(X[..., k] @ W[n, k]^T + bias), with W = weight_packed int8 * weight_scale; Y has x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     if not quantize_activations:
         weight = weight_packed.to(torch.float64)
-        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32) * weight_scale[:, 0], bias, x)
+        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32) * weight_scale[:, 0], bias, activation, x)
     q, scale, zero = quantize_rows(rows)
     weight = weight_packed.to(torch.int64)
     sums = q.to(torch.int64) @ weight.T - zero[:, None].to(torch.int64) * weight.sum(1)
-    return _finish(sums.to(torch.int32).to(torch.float32) * (scale[:, None] * weight_scale[:, 0]), bias, x)
+    return _finish(sums.to(torch.int32).to(torch.float32) * (scale[:, None] * weight_scale[:, 0]), bias, activation, x)
 
 
 def gemm_int4(
@@ -111,13 +129,14 @@ def gemm_int4(
     bias: Tensor | None,
     group_size: int,
     quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
-    """Y[..., n] = X[..., k] @ W[n, k]^T + bias, with W = (value - zero_point) * scale in groups along k."""
+    """Y[..., n] = activation(X[..., k] @ W[n, k]^T + bias), with W = (value - zero_point) * scale in groups along k."""
     k = x.shape[-1]
     rows = x.reshape(-1, k)
     if not quantize_activations:
         weight = dequantize_int4(weight_packed, weight_scale, weight_zero_point, k, group_size).to(torch.float64)
-        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32), bias, x)
+        return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32), bias, activation, x)
     q, scale, zero = quantize_rows(rows)
     values = unpack_int4(weight_packed, k).to(torch.int64)
     if weight_zero_point is not None:
@@ -129,4 +148,4 @@ def gemm_int4(
         sums = q[:, k0 : k0 + size] @ values[:, k0 : k0 + size].T
         y = y + sums.to(torch.float32) * weight_scale[:, g].to(torch.float32)
     y = y - zero[:, None].to(torch.float32) * column_sums_int4(values, weight_scale, group_size)
-    return _finish(y * scale[:, None], bias, x)
+    return _finish(y * scale[:, None], bias, activation, x)

@@ -37,13 +37,16 @@ int64_t packed_bytes(int n, int k, int bits, int group, bool symmetric) {
 }
 
 void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,
-               bool symmetric, uintptr_t bias, uintptr_t y, bool quantize_activations, int threads) {
+               bool symmetric, uintptr_t bias, int activation, uintptr_t y, bool quantize_activations, int threads) {
+  check(activation >= 0 && activation < kActivationCount,
+        "gemm: activation is " + std::to_string(activation) + "; allowed: 0 to " + std::to_string(kActivationCount - 1));
   const GemmArgs args{at<const void>(x),
                       static_cast<Dtype>(dtype),
                       x_stride,
                       m,
                       packed_view(packed, n, k, bits, group, symmetric),
                       at<const float>(bias),
+                      static_cast<Activation>(activation),
                       at<void>(y),
                       quantize_activations,
                       threads};

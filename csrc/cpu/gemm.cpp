@@ -138,6 +138,7 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
     tile.x_stride = args.x_stride;
   }
   tile.bias = args.bias;
+  tile.activation = args.activation;
   tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.dtype);
   tile.y_dtype = args.dtype;
   tile.y_stride = args.weight.n;

@@ -1,9 +1,10 @@
-// gemm.h - Y = X @ dequant(W)^T + bias on the CPU, for 8-bit and grouped 4-bit weights; activations quantized on the
+// gemm.h - Y = activation(X @ dequant(W)^T + bias) on the CPU, for 8-bit and grouped 4-bit weights; activations quantized on the
 // fly (w8a8, w4a8) or left in float (w8a16, w4a16).
 #pragma once
 
 #include <stdint.h>
 
+#include "cpu/activation.h"
 #include "cpu/dtype.h"
 #include "cpu/packed_weight.h"
 
@@ -16,6 +17,7 @@ struct GemmArgs {
   int m;
   PackedWeight weight;  // n, k
   const float* bias;    // [n] or null
+  Activation activation;
   void* y;              // [m, n], rows contiguous
   bool quantize_activations;
   int threads;

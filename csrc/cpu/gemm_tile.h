@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cpu/activation.h"
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
 #include "cpu/packed_weight.h"
@@ -26,6 +27,7 @@ struct GemmTile {
   void* scratch;  // 64-byte aligned, for the kernel: scratch_bytes()
 
   const float* bias;  // [n] or null
+  Activation activation;
   void* y;            // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;

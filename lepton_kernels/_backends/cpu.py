@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
+from lepton_kernels.reference import ACTIVATIONS
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/cpu/activation.h
 
 
 class Packed(NamedTuple):
@@ -68,8 +70,10 @@ def pack_int4(
     return _packed.get(sources, (k, group_size), make)
 
 
-def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: bool) -> Tensor:
-    """Y[..., n] = X[..., k] @ W^T + bias, in x's dtype, on torch's number of threads."""
+def gemm(
+    x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: bool, activation: str = "none"
+) -> Tensor:
+    """Y[..., n] = activation(X[..., k] @ W^T + bias), in x's dtype, on torch's number of threads."""
     if x.is_contiguous():
         rows, m, stride = x, x.numel() // packed.k, packed.k
     else:
@@ -81,17 +85,22 @@ def gemm(x: Tensor, packed: Packed, bias: Tensor | None, quantize_activations: b
         bias = bias.to(torch.float32).contiguous()
     C.gemm(
         rows.data_ptr(), _DTYPES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.bits,
-        packed.group, packed.symmetric, 0 if bias is None else bias.data_ptr(), y.data_ptr(), quantize_activations,
-        torch.get_num_threads(),
+        packed.group, packed.symmetric, 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation], y.data_ptr(),
+        quantize_activations, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def gemm_int8(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
     """The operator lepton::gemm_int8 on CPU tensors."""
-    return gemm(x, pack_int8(weight_packed, weight_scale), bias, quantize_activations)
+    return gemm(x, pack_int8(weight_packed, weight_scale), bias, quantize_activations, activation)
 
 
 def gemm_int4(
@@ -102,7 +111,8 @@ def gemm_int4(
     bias: Tensor | None,
     group_size: int,
     quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
     """The operator lepton::gemm_int4 on CPU tensors."""
     packed = pack_int4(weight_packed, weight_scale, weight_zero_point, x.shape[-1], group_size)
-    return gemm(x, packed, bias, quantize_activations)
+    return gemm(x, packed, bias, quantize_activations, activation)

@@ -97,7 +97,12 @@ def _launch(kernel: Any, config: Config, m: int, n: int, *args: Any, **constants
 
 
 def gemm_int8(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, quantize_activations: bool
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
     """The operator lepton::gemm_int8 on CUDA tensors."""
     weight = weight_packed.contiguous()
@@ -115,7 +120,7 @@ def gemm_int8(
         _launch(
             _kernels().gemm_int8, choose(m, rows.dtype), m, n,
             rows, weight, scale, row_scale, row_zero, sums, _bias(bias), y, m, n, k, rows.stride(0),
-            INTEGER=quantize_activations,
+            INTEGER=quantize_activations, ACTIVATION=activation,
         )  # fmt: skip
     return y
 
@@ -128,6 +133,7 @@ def gemm_int4(
     bias: Tensor | None,
     group_size: int,
     quantize_activations: bool,
+    activation: str = "none",
 ) -> Tensor:
     """The operator lepton::gemm_int4 on CUDA tensors."""
     weight, scale = weight_packed.contiguous(), weight_scale.contiguous()
@@ -148,6 +154,7 @@ def gemm_int4(
             _kernels().gemm_int4, choose(m, rows.dtype, size), m, n,
             rows, weight.view(torch.uint8), scale, zero, row_scale, row_zero, sums, _bias(bias), y,
             m, n, k, rows.stride(0), 4 * words, groups, INTEGER=quantize_activations, GROUP=size,
+            ACTIVATION=activation,
         )  # fmt: skip
     return y
 

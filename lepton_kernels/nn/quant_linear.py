@@ -1,6 +1,6 @@
 """QuantLinear: torch.nn.Linear with int8 or int4 weights on native kernels.
 
-Y[..., out_features] = X[..., in_features] @ dequantize(W)^T + bias, in X's dtype. Buffers are in the saved,
+Y[..., out_features] = activation(X[..., in_features] @ dequantize(W)^T + bias), in X's dtype. Buffers are in the saved,
 device-neutral layout (docs/formats.md) and keep their dtypes through .to(dtype), .half() and .float().
 """
 
@@ -33,12 +33,15 @@ class QuantLinear(nn.Module):
         bias: bool = True,
         scheme: str | QuantScheme = "w8a8",
         device: torch.device | str | None = None,
+        activation: str = "none",
     ) -> None:
         super().__init__()
+        _ops.check_activation(activation)
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"QuantLinear: {name} is {value}; allowed: 1 or more")
         self.in_features, self.out_features, self.scheme = in_features, out_features, QuantScheme.of(scheme)
+        self.activation = activation
         groups = self.scheme.groups(in_features)
         eight = self.scheme.weight_bits == 8
         packed_shape = (out_features, in_features if eight else -(-in_features // 8))
@@ -55,11 +58,16 @@ class QuantLinear(nn.Module):
         self._packed: tuple[Tensor, int, cpu.Packed] | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: str | QuantScheme = "w8a8") -> "QuantLinear":
-        """The quantized copy of a Linear; `linear` is not changed. Raises ValueError on NaN or infinite weights."""
+    def from_linear(
+        cls, linear: nn.Linear, scheme: str | QuantScheme = "w8a8", activation: str = "none"
+    ) -> "QuantLinear":
+        """The quantized copy of a Linear, with `activation` after it; `linear` is not changed.
+
+        activation: "none", "relu", "silu", "gelu" or "gelu_tanh". Raises ValueError on NaN or infinite weights.
+        """
         scheme = QuantScheme.of(scheme)
         weight = linear.weight.detach()
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, weight.device)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, weight.device, activation)
         packed, scale, zero = quantize_weight(weight, scheme)
         layer.weight_packed, layer.weight_scale, layer.weight_zero_point = packed, scale, zero
         if linear.bias is not None:
@@ -77,7 +85,7 @@ class QuantLinear(nn.Module):
             and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         ):
             _ops.check_input(x, self.in_features)
-            return cpu.gemm(x, self._tiles(), bias, self.scheme.activation == "int8")
+            return cpu.gemm(x, self._tiles(), bias, self.scheme.activation == "int8", self.activation)
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -85,12 +93,14 @@ class QuantLinear(nn.Module):
 
     def _forward_op(self, x: Tensor, quantize_activations: bool) -> Tensor:
         if self.scheme.weight_bits == 8:
-            return _ops.gemm_int8(x, self.weight_packed, self.weight_scale, self.bias, quantize_activations)
+            return _ops.gemm_int8(
+                x, self.weight_packed, self.weight_scale, self.bias, quantize_activations, self.activation
+            )
         if x.shape[-1] != self.in_features:
             _ops.check_input(x, self.in_features)
         return _ops.gemm_int4(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias,
-            self.scheme.group_size, quantize_activations,
+            self.scheme.group_size, quantize_activations, self.activation,
         )  # fmt: skip
 
     def _tiles(self) -> cpu.Packed:
@@ -120,7 +130,9 @@ class QuantLinear(nn.Module):
         )
 
     def dequantize(self) -> nn.Linear:
-        """An nn.Linear in float32 with the dequantized weights."""
+        """An nn.Linear in float32 with the dequantized weights. Raises ValueError where an activation is part of it."""
+        if self.activation != "none":
+            raise ValueError(f"dequantize: activation is {self.activation!r}; allowed: 'none', which nn.Linear can hold")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight)
         if self.bias is not None:
@@ -131,7 +143,7 @@ class QuantLinear(nn.Module):
         group = f", group_size={self.scheme.group_size}" if self.scheme.weight_bits == 4 else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme.name}{group}"
+            f"scheme={self.scheme.name}{group}" + (f", activation={self.activation}" if self.activation != "none" else "")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":

@@ -46,6 +46,7 @@ def gemm_int4(
     row_bytes,
     groups,
     INTEGER: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # a name of reference.ACTIVATIONS
     GROUP: tl.constexpr,  # consecutive k that share a scale: even, or all of them
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,4 +74,4 @@ def gemm_int4(
         row_zero = tl.load(row_zero_ptr + rows, row_ok, 0).to(tl.float32)
         y -= row_zero[:, None] * tl.load(column_sum_ptr + cols, col_ok, 0.0)[None, :]
         y *= tl.load(row_scale_ptr + rows, row_ok, 0.0)[:, None]
-    store_tile(y, bias_ptr, y_ptr, rows, cols, m, n)
+    store_tile(y, bias_ptr, y_ptr, rows, cols, m, n, ACTIVATION)

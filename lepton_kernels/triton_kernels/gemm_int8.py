@@ -26,6 +26,7 @@ def gemm_int8(
     k,
     x_stride,
     INTEGER: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # a name of reference.ACTIVATIONS
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,4 +54,4 @@ def gemm_int8(
         y = exact.to(tl.float32) * (row_scale[:, None] * w_scale[None, :])
     else:
         y = sums * w_scale[None, :]
-    store_tile(y, bias_ptr, y_ptr, rows, cols, m, n)
+    store_tile(y, bias_ptr, y_ptr, rows, cols, m, n, ACTIVATION)

@@ -19,9 +19,24 @@ def tile_of_program(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def store_tile(y, bias_ptr, y_ptr, rows, cols, m, n):
-    """Y[rows, cols] = y + bias, rounded to Y's type."""
+def activate(y, ACTIVATION: tl.constexpr):
+    """reference.ACTIVATIONS[ACTIVATION] of float32."""
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)
+    elif ACTIVATION == "silu":
+        y = y / (1 + tl.exp(-y))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(0.7071067811865476 * y))
+    elif ACTIVATION == "gelu_tanh":
+        y = y / (1 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+    return y
+
+
+@triton.jit
+def store_tile(y, bias_ptr, y_ptr, rows, cols, m, n, ACTIVATION: tl.constexpr):
+    """Y[rows, cols] = activation(y + bias), rounded to Y's type."""
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, cols < n, 0.0)[None, :]
+    y = activate(y, ACTIVATION)
     inside = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(y_ptr + rows[:, None] * n + cols[None, :], y.to(y_ptr.dtype.element_ty), inside)

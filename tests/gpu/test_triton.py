@@ -69,6 +69,14 @@ def test_gemm_int8(m, n, k, dtype, rng):
     assert ((got - want).abs() <= float_bound(x, reference.dequantize_int8(weight, scale), dtype)).all()
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activation_functions(activation, rng):
+    x, weight, scale, bias = make_int8(17, 33, 40, torch.float32, rng)
+    got = triton.gemm_int8(*on_device(x, weight, scale, bias), True, activation).cpu()
+    want = reference.gemm_int8(x, weight, scale, bias, True, activation)
+    assert ((got - want).abs() <= 2e-6 * (1 + want.abs())).all()
+
+
 @pytest.mark.parametrize(("group_size", "symmetric"), [(16, True), (32, False), (48, False), (128, True), (-1, False)])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_gemm_int4(m, n, k, symmetric, group_size, rng):

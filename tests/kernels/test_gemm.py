@@ -130,6 +130,8 @@ for threads in (1, 2):
             v = reference.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng))
             s = torch.rand(n, -(-k // 32), generator=rng).bfloat16()
             digest.update(cpu.gemm_int4(x, v, s, None, None, 32, True).float().numpy().tobytes())
+            for activation in ("relu", "silu", "gelu", "gelu_tanh"):
+                digest.update(cpu.gemm_int4(x, v, s, None, None, 32, True, activation).float().numpy().tobytes())
     print(C.isa(), digest.hexdigest())
     digest = hashlib.sha256()
 """
@@ -140,3 +142,34 @@ def test_levels_and_threads_agree_to_the_bit(run_python):
     assert len(lines) == 2 * len(ISAS)
     assert len({line.split()[1] for line in lines}) == 1, lines
     assert len(lines[0].split()[1]) == 2 * hashlib.sha256().digest_size
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activation_functions(activation, rng):
+    function = reference.ACTIVATIONS[activation]
+    x, weight, scale, bias = make_int8(20, 50, 40, torch.float32, rng)
+    scale *= 10 ** (torch.rand(50, 1, generator=rng) * 6 - 3)  # from nearly linear to saturated
+    before = cpu.gemm_int8(x, weight, scale, bias, True)
+    got = cpu.gemm_int8(x, weight, scale, bias, True, activation)
+    assert before.abs().max() > 100
+    assert ((got - function(before)).abs() <= 5e-7 * before.abs() + 1e-9).all()
+    for dtype in DTYPES[1:]:
+        got = cpu.gemm_int8(x.to(dtype), weight, scale, bias, True, activation).float()
+        want = function(cpu.gemm_int8(x.to(dtype).float(), weight, scale, bias, True))
+        assert ((got - want).abs() <= torch.finfo(dtype).eps * (want.abs() + 1e-3)).all()
+    values = reference.pack_int4(torch.randint(-8, 8, (50, 40), dtype=torch.int8, generator=rng))
+    scale = torch.rand(50, 3, generator=rng).to(torch.bfloat16)
+    for quantize_activations in (True, False):
+        before = cpu.gemm_int4(x, values, scale, None, bias, 16, quantize_activations)
+        got = cpu.gemm_int4(x, values, scale, None, bias, 16, quantize_activations, activation)
+        assert ((got - function(before)).abs() <= 5e-7 * before.abs() + 1e-9).all()
+
+
+def test_activation_functions_keep_nan_and_infinity():
+    weight, scale = torch.ones(16, 4, dtype=torch.int8), torch.full((16, 1), 1e38)
+    x = torch.tensor([[torch.nan] * 4, [9.0] * 4, [-9.0] * 4])
+    for activation in reference.ACTIVATIONS:
+        y = cpu.gemm_int8(x, weight, scale, None, True, activation)
+        assert y[0].isnan().all(), activation
+        assert (y[1] == torch.inf).all(), activation
+        assert (y[2] == -torch.inf).all() if activation == "none" else (y[2].abs() < 1e-30).all(), activation

@@ -1,7 +1,9 @@
-// epilogue.h - the end of every GEMM kernel: y = sums * scale + bias in the output's type, at full and partial panels.
+// epilogue.h - the end of every GEMM kernel: y = activation(sums * scale + bias) in the output's type, at full and partial
+// panels.
 #pragma once
 
 #include "cpu/gemm_tile.h"
+#include "cpu/simd/activate.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -26,6 +28,7 @@ LEPTON_INLINE void store_columns(char* y, int count, F32x16 v) {
 }
 
 LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16 v) {
+  v = activate(v, tile.activation);
   const int n0 = panel * kPanel, count = tile.weight.n - n0;
   char* y = static_cast<char*>(tile.y) + (row * tile.y_stride + n0) * dtype_bytes(tile.y_dtype);
   switch (tile.y_dtype) {
