@@ -26,6 +26,20 @@ def gemm(
     quantize_activations: bool,
     threads: int,
 ) -> None: ...
+def linear_block(
+    x: int,
+    dtype: int,
+    x_stride: int,
+    m: int,
+    layers: list[tuple[int, int, int, int, int, bool, int, int, bool]],
+    residual: int,
+    residual_stride: int,
+    norm_weight: int,
+    norm_bias: int,
+    norm_eps: float,
+    y: int,
+    threads: int,
+) -> None: ...
 
 MAX_CHUNK_BYTES: int
 

@@ -19,6 +19,8 @@ _HOMES = {
     "QuantScheme": "scheme",
     "QuantizeReport": "quantize",
     "backends": "_backends_report",
+    "FuseReport": "fuse",
+    "fuse_": "fuse",
     "inspect": "model_file",
     "load": "checkpoint",
     "prune_": "prune",
@@ -30,11 +32,13 @@ _HOMES = {
 _SUBPACKAGES = ("codec", "nn", "onnx")
 
 __all__ = [
+    "FuseReport",
     "PruneReport",
     "QuantScheme",
     "QuantizeReport",
     "backends",
     "codec",
+    "fuse_",
     "inspect",
     "load",
     "nn",

@@ -35,7 +35,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None}
+            out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None,
+                         "activation": "none" if module.activation_is_fused else module.activation}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
             out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
@@ -100,7 +101,10 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
     if not isinstance(old, (nn.Linear, QuantLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
-    return QuantLinear(old.in_features, old.out_features, spec["bias"], QuantScheme(**spec["scheme"]), device="meta")
+    return QuantLinear(
+        old.in_features, old.out_features, spec["bias"], QuantScheme(**spec["scheme"]), "meta",
+        spec.get("activation", "none"),
+    )  # fmt: skip
 
 
 def _check_names(path: Any, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

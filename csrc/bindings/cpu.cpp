@@ -1,10 +1,15 @@
 // cpu.cpp - bindings of csrc/cpu. Addresses come as integers from tensor.data_ptr(); _backends/cpu.py has checked
 // shapes and dtypes, and what can be checked from sizes alone is checked again here.
+#include <pybind11/stl.h>
+
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
+#include "cpu/linear_block.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -36,10 +41,14 @@ int64_t packed_bytes(int n, int k, int bits, int group, bool symmetric) {
   return packed_view(0, n, k, bits, group, symmetric).total_bytes();
 }
 
+void check_activation(int activation) {
+  check(activation >= 0 && activation < kActivationCount,
+        "activation is " + std::to_string(activation) + "; allowed: 0 to " + std::to_string(kActivationCount - 1));
+}
+
 void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int bits, int group,
                bool symmetric, uintptr_t bias, int activation, uintptr_t y, bool quantize_activations, int threads) {
-  check(activation >= 0 && activation < kActivationCount,
-        "gemm: activation is " + std::to_string(activation) + "; allowed: 0 to " + std::to_string(kActivationCount - 1));
+  check_activation(activation);
   const GemmArgs args{at<const void>(x),
                       static_cast<Dtype>(dtype),
                       x_stride,
@@ -48,10 +57,34 @@ void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed
                       at<const float>(bias),
                       static_cast<Activation>(activation),
                       at<void>(y),
+                      static_cast<Dtype>(dtype),
                       quantize_activations,
                       threads};
   py::gil_scoped_release release;
   gemm(args);
+}
+
+// packed, n, k, bits, group, symmetric, bias, activation, quantize_activations: as bind_gemm takes them.
+using LayerTuple = std::tuple<uintptr_t, int, int, int, int, bool, uintptr_t, int, bool>;
+
+void bind_linear_block(uintptr_t x, int dtype, int64_t x_stride, int m, const std::vector<LayerTuple>& layers,
+                       uintptr_t residual, int64_t residual_stride, uintptr_t norm_weight, uintptr_t norm_bias,
+                       float norm_eps, uintptr_t y, int threads) {
+  check(layers.size() == 1 || layers.size() == 2,
+        "linear_block: " + std::to_string(layers.size()) + " layers; allowed: 1, 2");
+  LinearBlockArgs args{at<const void>(x), static_cast<Dtype>(dtype), x_stride, m, {}, int(layers.size()),
+                       at<const void>(residual), residual_stride, at<const float>(norm_weight),
+                       at<const float>(norm_bias), norm_eps, at<void>(y), threads};
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [packed, n, k, bits, group, symmetric, bias, activation, quantize_activations] = layers[i];
+    check_activation(activation);
+    check(i == 0 || k == args.layers[i - 1].weight.n,
+          "linear_block: k of layer " + std::to_string(i) + " is " + std::to_string(k) + "; allowed: the n before it");
+    args.layers[i] = {packed_view(packed, n, k, bits, group, symmetric), at<const float>(bias),
+                      static_cast<Activation>(activation), quantize_activations};
+  }
+  py::gil_scoped_release release;
+  linear_block(args);
 }
 
 void bind_pack_int8(uintptr_t weight, uintptr_t scale, int n, int k, uintptr_t packed) {
@@ -85,6 +118,7 @@ void bind_cpu(py::module_& module) {
   module.def("pack_int8", &bind_pack_int8);
   module.def("pack_int4", &bind_pack_int4);
   module.def("gemm", &bind_gemm);
+  module.def("linear_block", &bind_linear_block);
 }
 
 }  // namespace lepton

@@ -12,13 +12,14 @@ namespace lepton {
 
 struct GemmArgs {
   const void* x;  // [m, k], rows x_stride elements apart
-  Dtype dtype;    // of x and y
+  Dtype dtype;    // of x
   int64_t x_stride;
   int m;
   PackedWeight weight;  // n, k
   const float* bias;    // [n] or null
   Activation activation;
   void* y;              // [m, n], rows contiguous
+  Dtype y_dtype;
   bool quantize_activations;
   int threads;
 };

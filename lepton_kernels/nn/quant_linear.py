@@ -17,6 +17,92 @@ from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 
 
+def runs_native(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether x may go straight to the CPU kernels: nothing traces it, casts it or asks for its gradient."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(_trains_bias(layer) for layer in layers)))
+    )
+
+
+def _trains_bias(layer: nn.Module) -> bool:
+    bias = layer._parameters["bias"]  # saves nn.Module's slow lookup
+    return bias is not None and bias.requires_grad
+
+
+class SharedInput:
+    """Layers that are given the same tensor, one after the other: one product for all of them (fuse_).
+
+    The first call computes all outputs; the others take theirs. Layers that turn out not to share their input go back to
+    products of their own.
+    """
+
+    _ENOUGH_MISSES = 2
+
+    def __init__(self, layers: "list[QuantLinear]") -> None:
+        self._layers = layers
+        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None  # input, its version, outputs by layer
+        self._packed: tuple[tuple[tuple[Tensor, int], ...], cpu.Packed, Tensor | None] | None = None
+        self._misses = 0
+        for layer in layers:
+            layer._shared = self
+
+    def output(self, layer: "QuantLinear", x: Tensor) -> Tensor:
+        """The layer's output for x."""
+        waiting, place = self._waiting, self._layers.index(layer)
+        if waiting is not None and waiting[0] is x and waiting[1] == version(x) and place in waiting[2]:
+            y = waiting[2].pop(place)
+            if not waiting[2]:
+                self._waiting, self._misses = None, 0
+            return y
+        if waiting is not None:  # outputs that nobody took
+            self._misses += 1
+            if self._misses >= self._ENOUGH_MISSES:
+                self.dissolve()
+                return layer(x)
+        packed, bias = self._tiles()
+        y = cpu.gemm(x, packed, bias, layer.scheme.activation == "int8", layer.activation)
+        outputs = dict(enumerate(y.split([member.out_features for member in self._layers], -1)))
+        mine = outputs.pop(place)
+        self._waiting = (x, version(x), outputs)
+        return mine
+
+    def dissolve(self) -> None:
+        """Every layer computes its own product again."""
+        self._waiting = None
+        for layer in self._layers:
+            layer._shared = None
+
+    def _tiles(self) -> tuple[cpu.Packed, Tensor | None]:
+        sources = [(t, version(t)) for layer in self._layers for t in (layer.weight_packed, layer.bias) if t is not None]
+        known = self._packed
+        if known is not None and all(
+            tensor is before and seen == then
+            for (tensor, seen), (before, then) in zip(sources, known[0], strict=True)
+        ):
+            return known[1], known[2]
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(layer, name) for layer in self._layers]
+            return None if parts[0] is None else torch.cat([part.detach() for part in parts])
+
+        weight, scale, zero, bias = (joined(n) for n in ("weight_packed", "weight_scale", "weight_zero_point", "bias"))
+        assert weight is not None and scale is not None
+        first = self._layers[0]
+        if first.scheme.weight_bits == 8:
+            packed = cpu.make_int8(weight, scale)
+        else:
+            packed = cpu.make_int4(weight, scale, zero, first.in_features, first.scheme.group_size)
+        self._packed = (tuple(sources), packed, bias)
+        return packed, bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_waiting": None, "_packed": None}
+
+
 class QuantLinear(nn.Module):
     """A drop-in for nn.Linear; see from_linear. Built empty, it waits for load_state_dict."""
 
@@ -42,6 +128,7 @@ class QuantLinear(nn.Module):
                 raise ValueError(f"QuantLinear: {name} is {value}; allowed: 1 or more")
         self.in_features, self.out_features, self.scheme = in_features, out_features, QuantScheme.of(scheme)
         self.activation = activation
+        self.activation_is_fused = False  # it was a module of its own, and is one in a saved model (fuse_)
         groups = self.scheme.groups(in_features)
         eight = self.scheme.weight_bits == 8
         packed_shape = (out_features, in_features if eight else -(-in_features // 8))
@@ -56,6 +143,7 @@ class QuantLinear(nn.Module):
         empty = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", empty)
         self._packed: tuple[Tensor, int, cpu.Packed] | None = None
+        self._shared: SharedInput | None = None  # set by fuse_
 
     @classmethod
     def from_linear(
@@ -75,17 +163,13 @@ class QuantLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Straight to the kernel where nothing else looks on; _parameters and _buffers save nn.Module's slow lookup.
-        bias = self._parameters["bias"]
-        if (
-            type(x) is Tensor
-            and x.is_cpu
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        ):
+        if runs_native(x, self):
             _ops.check_input(x, self.in_features)
-            return cpu.gemm(x, self._tiles(), bias, self.scheme.activation == "int8", self.activation)
+            if self._shared is not None:
+                return self._shared.output(self, x)
+            return cpu.gemm(
+                x, self.tiles(), self._parameters["bias"], self.scheme.activation == "int8", self.activation
+            )
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -103,7 +187,8 @@ class QuantLinear(nn.Module):
             self.scheme.group_size, quantize_activations, self.activation,
         )  # fmt: skip
 
-    def _tiles(self) -> cpu.Packed:
+    def tiles(self) -> cpu.Packed:
+        """The weight as the CPU kernels read it; made on first use."""
         known, weight = self._packed, self._buffers["weight_packed"]
         if known is not None and known[0] is weight and known[1] == version(weight):
             return known[2]

@@ -2,6 +2,7 @@
 // activations, 6 and 7 for weights; all have the full shape, and callers pad with zeros.
 #pragma once
 
+#include "cpu/packed_weight.h"
 #include "cpu/quantize_rows.h"
 #include "cpu/simd/avx512vnni.h"
 

@@ -1,0 +1,101 @@
+// gemm_plan.cpp - how activations are laid out for a level, and which kernel takes a tile of them.
+#include "cpu/gemm_plan.h"
+
+namespace lepton {
+namespace {
+
+// Rows, of all planes, from which tile registers are faster than vectors.
+constexpr int kTileLeastRows = 8;
+
+// Row strides that are an odd number of cache lines: with a power of two all rows of a tile would share one set of the
+// first-level cache, which has 8 to 12 places.
+int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int rows, int panel_begin, int panel_end) {
+  GemmTile tile{};
+  tile.weight = args.weight;
+  tile.panel_begin = panel_begin;
+  tile.panel_end = panel_end;
+  tile.rows = rows;
+  if (plan.quantized) {
+    tile.q = plan.integers.out.from(row0, args.weight.groups());
+  } else if (plan.floats.out) {
+    tile.x = plan.floats.out + row0 * plan.floats.out_stride;
+    tile.x_stride = plan.floats.out_stride;
+  } else {
+    tile.x = static_cast<const float*>(args.x) + row0 * args.x_stride;
+    tile.x_stride = args.x_stride;
+  }
+  tile.bias = args.bias;
+  tile.activation = args.activation;
+  tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.y_dtype);
+  tile.y_dtype = args.y_dtype;
+  tile.y_stride = args.weight.n;
+  return tile;
+}
+
+GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
+  if (!plan.quantized) return select_gemm_dequant_tile(isa);
+  return bits == 8 ? select_gemm_int8_tile(isa) : select_gemm_int4_tile(isa);
+}
+
+}  // namespace
+
+Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
+  const int m = args.m, k = args.weight.k;
+  Activations plan{};
+  plan.quantized = args.quantize_activations || splits_activations(isa);
+  if (!plan.quantized) {
+    const int64_t stride = odd_lines(int64_t(k) * 4) / 4;
+    plan.floats = {args.x, args.dtype, args.x_stride, m, k, nullptr, stride};
+    if (args.dtype == Dtype::f32 && m <= kDirectRows) return plan;  // read where it is
+    plan.floats.out = static_cast<float*>(scratch.get(size_t(m) * size_t(stride) * sizeof(float)));
+    return plan;
+  }
+  QuantizedRows rows{};
+  rows.planes = args.quantize_activations ? 1 : 2;
+  rows.biased = args.weight.bits == 4;
+  if (isa == Isa::amx && m * rows.planes >= kTileLeastRows)
+    rows.layout = RowLayout::tiles;
+  else
+    rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
+  const int quad = rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
+  rows.stride = rows.layout == RowLayout::tiles ? round_up(k, kTileStep) : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
+  const bool sums = args.weight.bits == 4 && rows.layout != RowLayout::tiles;
+  // Tiles hold whole blocks of rows; what is computed of the rows past m is not used.
+  const size_t plane_rows = size_t(round_up(m, kTileRows)) * size_t(rows.planes);
+  const size_t q_bytes = plane_rows * size_t(rows.stride), i32_bytes = plane_rows * 4;
+  char* memory = static_cast<char*>(scratch.get(q_bytes + i32_bytes * (2 + (sums ? size_t(args.weight.groups()) : 0))));
+  rows.q = reinterpret_cast<uint8_t*>(memory);
+  rows.scale = reinterpret_cast<float*>(memory + q_bytes);
+  rows.zero = reinterpret_cast<int32_t*>(memory + q_bytes + i32_bytes);
+  if (sums) rows.group_sum = reinterpret_cast<int32_t*>(memory + q_bytes + 2 * i32_bytes);
+  plan.integers = {args.x, args.dtype, args.x_stride, 0, 0, k, args.weight.group, rows};
+  return plan;
+}
+
+void prepare_rows(const Activations& plan, Isa isa, int row_begin, int row_end) {
+  if (plan.quantized) {
+    QuantizeRowsArgs part = plan.integers;
+    part.row_begin = row_begin;
+    part.row_end = row_end;
+    select_quantize_rows(isa)(part);
+  } else if (plan.floats.out) {
+    ToF32Args part = plan.floats;
+    part.x = static_cast<const char*>(part.x) + row_begin * part.x_stride * dtype_bytes(part.dtype);
+    part.rows = row_end - row_begin;
+    part.out += row_begin * part.out_stride;
+    select_to_f32_rows(isa)(part);
+  }
+}
+
+void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int row0, int rows, int panel_begin,
+                   int panel_end) {
+  GemmTile tile = tile_of(plan, args, row0, rows, panel_begin, panel_end);
+  thread_local Scratch scratch;
+  const int planes = plan.quantized ? plan.integers.out.planes : 1;
+  if (plan.in_tiles() || !plan.quantized) tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes)));
+  tile_kernel(plan, args.weight.bits, isa)(tile);
+}
+
+}  // namespace lepton

@@ -1,0 +1,34 @@
+// gemm_plan.h - the parts of a quantized product that gemm() and linear_block() put together: activations made ready, and
+// a tile of rows and panels.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/gemm_tile.h"
+#include "cpu/quantize_rows.h"
+#include "cpu/scratch.h"
+
+namespace lepton {
+
+// Activations of a product: integers, or floats where the level has no fast integer products for them.
+struct Activations {
+  bool quantized;
+  QuantizeRowsArgs integers{};
+  ToF32Args floats{};
+
+  int64_t row_bytes() const {
+    return quantized ? integers.out.planes * integers.out.stride : floats.out_stride * int64_t(sizeof(float));
+  }
+  bool in_tiles() const { return quantized && integers.out.layout == RowLayout::tiles; }
+};
+
+// Lays the prepared activations of all rows out in one scratch buffer.
+Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch);
+
+// Prepares rows [row_begin, row_end): whole blocks of 16 rows are one thread's.
+void prepare_rows(const Activations& plan, Isa isa, int row_begin, int row_end);
+
+// Y[rows from row0 on, columns of panels [panel_begin, panel_end)].
+void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int row0, int rows, int panel_begin,
+                   int panel_end);
+
+}  // namespace lepton
