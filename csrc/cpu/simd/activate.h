@@ -7,18 +7,23 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// e^x for x clamped to [-87, 88]; relative error below 3e-7. Cephes' expf: 2^n times a polynomial of the rest.
+// c[0] x^(count - 1) + ... + c[count - 1]
+template <int count>
+LEPTON_INLINE F32x16 polynomial(F32x16 x, const float (&c)[count]) {
+  F32x16 sum = broadcast_f32(c[0]);
+  for (int i = 1; i < count; ++i) sum = add(mul(sum, x), broadcast_f32(c[i]));
+  return sum;
+}
+
+// e^x for x clamped to 2^-126 and 2^127; relative error below 2e-7 + 1e-7 |x|. 2^n times a polynomial, made to be off
+// least, of what is left in -1/2..1/2.
 LEPTON_INLINE F32x16 exp_f32(F32x16 x) {
-  x = max(min(x, broadcast_f32(88)), broadcast_f32(-87));
-  const I32x16 n = round_i32(mul(x, broadcast_f32(1.44269504f)));
-  const F32x16 whole = to_f32(n);
-  const F32x16 r = sub(sub(x, mul(whole, broadcast_f32(0.693359375f))), mul(whole, broadcast_f32(-2.12194440e-4f)));
-  F32x16 p = broadcast_f32(1.9875691500e-4f);
-  const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                5.0000001201e-1f};
-  for (const float c : coefficients) p = add(mul(p, r), broadcast_f32(c));
-  const F32x16 fraction = add(add(mul(mul(p, r), r), r), broadcast_f32(1));
-  return mul(fraction, as_f32(shift_left<23>(add(n, broadcast_i32(127)))));
+  const F32x16 power = max(min(mul(x, broadcast_f32(1.44269504f)), broadcast_f32(127)), broadcast_f32(-126));
+  const I32x16 n = round_i32(power);
+  const F32x16 f = sub(power, to_f32(n));
+  const F32x16 p = polynomial(
+      f, {0.001327647129f, 0.009675541893f, 0.05550713093f, 0.2402212024f, 0.6931469440f, 1.0000001192f});
+  return mul(p, as_f32(shift_left<23>(add(n, broadcast_i32(127)))));
 }
 
 // x / (1 + e^-u), where u has x's sign and is larger; below -100 as at -100, where it is 0 to 36 places.
@@ -27,17 +32,15 @@ LEPTON_INLINE F32x16 times_sigmoid(F32x16 x, F32x16 u) {
   return div(x, add(broadcast_f32(1), exp_f32(sub(broadcast_f32(0), u))));
 }
 
-// x (1 + erf(x / sqrt 2)) / 2 = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc by Abramowitz and Stegun 7.1.26: off by
-// at most 1e-7 |x|. NaN stays NaN.
+// x (1 + erf(x / sqrt 2)) / 2 = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc(z) = 1 / (1 + a1 z + ... + a6 z^6)^16
+// by Abramowitz and Stegun 7.1.28: off by at most 1e-6 |x|. NaN stays NaN.
 LEPTON_INLINE F32x16 gelu(F32x16 x) {
   const F32x16 size = min(broadcast_f32(30), as_f32(bit_and(as_i32(x), broadcast_i32(0x7fffffff))));
-  const F32x16 z = mul(size, broadcast_f32(0.70710678f));
-  const F32x16 t = div(broadcast_f32(1), add(broadcast_f32(1), mul(z, broadcast_f32(0.3275911f))));
-  F32x16 p = broadcast_f32(1.061405429f);
-  const float coefficients[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
-  for (const float c : coefficients) p = add(mul(p, t), broadcast_f32(c));
-  const F32x16 erfc = mul(mul(p, t), exp_f32(sub(broadcast_f32(0), mul(z, z))));
-  return sub(max(broadcast_f32(0), x), mul(mul(size, broadcast_f32(0.5f)), erfc));
+  // a_k / sqrt(2)^k: a polynomial of |x|
+  F32x16 p = polynomial(size, {0.0000430638f / 8, 0.0002765672f * 0.17677670f, 0.0001520143f / 4,
+                               0.0092705272f * 0.35355339f, 0.0422820123f / 2, 0.0705230784f * 0.70710678f, 1.0f});
+  for (int i = 0; i < 4; ++i) p = mul(p, p);
+  return sub(max(broadcast_f32(0), x), div(mul(size, broadcast_f32(0.5f)), p));
 }
 
 // GELU's approximation by tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
