@@ -10,6 +10,7 @@ namespace {
 static_assert(kQuadBytes == quad_bytes(Isa::LEPTON_ISA));
 
 constexpr int kLanes = 16;
+constexpr int kChains = 4;  // vectors side by side, which hide the latency of a minimum
 constexpr float kSmallestNormal = 0x1p-126f;  // below it 1 / scale could overflow: such a row counts as zeros
 
 struct RowRange {
@@ -25,6 +26,7 @@ template <Dtype dtype>
 LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
   constexpr int bytes = dtype_bytes(dtype);
   if (i + kLanes <= k) return load_f32<dtype>(x + int64_t(i) * bytes);
+  if (i >= k) return broadcast_f32(0);
   alignas(64) char tail[kLanes * bytes] = {};
   __builtin_memcpy(tail, x + int64_t(i) * bytes, size_t(k - i) * bytes);
   return load_f32<dtype>(tail);
@@ -32,17 +34,26 @@ LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
 
 template <Dtype dtype, int planes>
 LEPTON_INLINE RowRange range_of(const char* x, int k) {
-  F32x16 lowest = broadcast_f32(0), highest = lowest, finite = lowest;
-  for (int i = 0; i < k; i += kLanes) {
-    const F32x16 v = load_padded<dtype>(x, i, k);
-    lowest = min(lowest, v);
-    highest = max(highest, v);
-    finite = add(finite, mul(v, broadcast_f32(0)));  // turns into NaN where v is NaN or infinite
+  F32x16 lowest[kChains], highest[kChains], finite[kChains];
+  unroll<kChains>([&]<int c>()
+                      LEPTON_LAMBDA_INLINE { lowest[c] = highest[c] = finite[c] = broadcast_f32(0); });
+  for (int i = 0; i < k; i += kChains * kLanes) {
+    unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE {
+      const F32x16 v = load_padded<dtype>(x, i + c * kLanes, k);
+      lowest[c] = min(lowest[c], v);
+      highest[c] = max(highest[c], v);
+      finite[c] = add(finite[c], mul(v, broadcast_f32(0)));  // turns into NaN where v is NaN or infinite
+    });
   }
+  unroll<kChains - 1>([&]<int c>() LEPTON_LAMBDA_INLINE {
+    lowest[0] = min(lowest[0], lowest[c + 1]);
+    highest[0] = max(highest[0], highest[c + 1]);
+    finite[0] = add(finite[0], finite[c + 1]);
+  });
   float low[kLanes], high[kLanes], check[kLanes];
-  store_f32<Dtype::f32>(low, lowest);
-  store_f32<Dtype::f32>(high, highest);
-  store_f32<Dtype::f32>(check, finite);
+  store_f32<Dtype::f32>(low, lowest[0]);
+  store_f32<Dtype::f32>(high, highest[0]);
+  store_f32<Dtype::f32>(check, finite[0]);
   float lo = 0, hi = 0, sum = 0;
   for (int i = 0; i < kLanes; ++i) {
     lo = low[i] < lo ? low[i] : lo;
@@ -83,7 +94,28 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, con
   uint8_t* const second = out.row(row, planes - 1);
   const I32x16 bias = broadcast_i32(out.biased ? 128 : 0);
   const int step = out.step_bytes(), padded = int(out.stride / kVector * kLanes);
-  for (int i = 0; i < padded; i += kLanes) {
+  int i = 0;
+  if constexpr (kVector == kLanes) {  // whole blocks of 64 bytes
+    static_assert(kTileStep == kChains * kLanes);
+    const int whole = range.scale == range.scale ? k / kTileStep * kTileStep : 0;
+    for (int64_t at = 0; i < whole; i += kTileStep, at += quads ? kTileStep : step) {
+      I32x16 bytes[2][kChains];  // less 128
+      unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE {
+        const F32x16 v = load_f32<dtype>(x + int64_t(i + c * kLanes) * dtype_bytes(dtype));
+        const I32x16 value = add(round_i32(mul(v, inverse)), zero);
+        if constexpr (planes == 1) {
+          bytes[0][c] = sub(value, broadcast_i32(128));
+        } else {
+          const I32x16 inside = min(max(value, low), high);
+          bytes[0][c] = sub(shift_right<8>(inside), broadcast_i32(128));
+          bytes[1][c] = sub(bit_and(inside, broadcast_i32(255)), broadcast_i32(128));
+        }
+      });
+      store_64(first + at, bytes[0], out.biased);
+      if constexpr (planes == 2) store_64(second + at, bytes[1], out.biased);
+    }
+  }
+  for (; i < padded; i += kLanes) {
     I32x16 bytes[2] = {low, low};
     if (i < k && range.scale == range.scale) {
       const F32x16 v = load_padded<dtype>(x, i, k);

@@ -118,6 +118,15 @@ LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+// The packs saturate; |x| < 2^14.
+LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
+  const __m128i flip = _mm_set1_epi8(biased ? -128 : 0);
+  for (int i = 0; i < 4; ++i, p += 16) {
+    store_u8(p, add(x[i], broadcast_i32(128)));
+    __m128i* bytes = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(bytes, _mm_xor_si128(_mm_loadu_si128(bytes), flip));
+  }
+}
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
   const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -134,6 +134,12 @@ LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = uint8_t(v.lane[i]);
 }
+LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
+  for (int i = 0; i < 64; ++i) {
+    const int32_t value = x[i / 16].lane[i % 16];
+    p[i] = uint8_t((value < -128 ? -128 : value > 127 ? 127 : value) + (biased ? 0 : 128));
+  }
+}
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
 
 template <int rows, typename Activation>

@@ -9,6 +9,7 @@
 //   broadcast_i32  load_i32  load_u8 (16 bytes)  store_i32  add  sub  mul  min  max  bit_and  bit_xor  shift_left<n>  shift_right<n> (logical)
 //   shift_right_signed<n> store_quads(p, i)   16 values in 0..255 as 4 quads of the level's layout, kQuadBytes a quad
 //   store_u8(p, i)      16 values in 0..255 as bytes
+//   store_64(p, i[4], biased)   64 values clamped to -128..127 as int8 (biased), or with 128 added as uint8
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads, W int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //
