@@ -178,7 +178,7 @@ int main(int argc, char** argv) {
   const size_t threads = cores.size();
   const size_t l2 = kib(argv[1]) / 2 / 256 * 256;
   const size_t llc = std::min<size_t>(kib(argv[2]) / 2, size_t(16) << 20) / threads / 256 * 256;
-  const size_t dram = size_t(512) << 20;
+  const size_t dram = std::max(size_t(512) << 20, 2 * kib(argv[2])) / threads / 256 * 256 * threads;
   std::printf("{\n  \"threads\": [1, %zu],\n", threads);
   print("dram_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<false>(c, dram / c.size()); });
   print("dram_read_prefetch_gb_s", cores, [&](auto& c) { return read_gb_per_s<true>(c, dram / c.size()); });
