@@ -15,8 +15,8 @@ import rivals_gemm
 import roof
 import torch
 from conftest import CALLS
+from gemm_shapes import BASE, DOWN, LLM, MINILM, UP
 from rivals_gemm import BFLOAT16, FLOAT32, Bind
-from shapes import BASE, DOWN, LLM, MINILM, UP
 from torch import Tensor
 
 import lepton_kernels as lk
@@ -35,6 +35,12 @@ class Case:
     m: int
     dtype: torch.dtype = FLOAT32
     cold: bool = False
+
+    @property
+    def id(self) -> str:
+        """For pytest's -k: "4096x4096-M16-bf16-warm"."""
+        dtype = "bf16" if self.dtype is BFLOAT16 else "fp32"
+        return f"{self.n}x{self.k}-M{self.m}-{dtype}-{'memory' if self.cold else 'warm'}"
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k} M={self.m}" + " bf16" * (self.dtype is BFLOAT16) + " from memory" * self.cold
@@ -111,7 +117,7 @@ def evict() -> None:
     _elsewhere().sum()
 
 
-@pytest.mark.parametrize("case", cases(os.environ.get("LEPTON_BENCH_CASES", "default")), ids=str)
+@pytest.mark.parametrize("case", cases(os.environ.get("LEPTON_BENCH_CASES", "default")), ids=lambda case: case.id)
 def test_gemm(race, case: Case) -> None:
     with torch.inference_mode():
         bound, infos = layers(case.n, case.k, case.dtype, COPIES if case.cold else 1)

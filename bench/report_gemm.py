@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import roof
-from shapes import LLM
+from gemm_shapes import LLM
 from tables import Run, markdown, milliseconds
 from targets import TARGETS, Peer, Row, Verdict, judge
 

@@ -8,7 +8,7 @@ the same case whose weights have as many bits or more.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shapes import MINILM
+from gemm_shapes import MINILM
 
 
 @dataclass(frozen=True)
