@@ -90,13 +90,17 @@ def layers(n: int, k: int, dtype: torch.dtype, copies: int) -> tuple[dict[str, l
         parts = (own[0].weight_packed, own[0].weight_scale, own[0].weight_zero_point)
         bound[f"lepton {scheme}"] = [lambda x, layer=layer: functools.partial(layer, x) for layer in own]
         infos[f"lepton {scheme}"] = {
-            "scheme": scheme, "bits": int(scheme[1]), "full": True, "library": "lepton",
+            "scheme": scheme, "bits": int(scheme[1]), "group": own[0].scheme.group_size, "full": True,
+            "library": "lepton",
             "weight_bytes": sum(part.nbytes for part in parts if part is not None),
         }  # fmt: skip
     for name, peer in rivals_gemm.installed().items():
         if dtype in peer.dtypes:
             bound[name] = [peer.make(weight, dtype) for _ in range(copies)]
-            infos[name] = {"scheme": peer.scheme, "bits": peer.bits, "full": peer.full, "library": peer.library}
+            infos[name] = {
+                "scheme": peer.scheme, "bits": peer.bits, "group": peer.group, "full": peer.full,
+                "library": peer.library,
+            }  # fmt: skip
     return bound, infos
 
 

@@ -60,13 +60,14 @@ def rows_of(runs: list[Run], limits: dict) -> list[Row]:
             peak = fastest(INT8_PEAKS if info["scheme"].endswith("a8") else FLOAT_PEAKS, limits, run.threads)
             bandwidth = fastest(BANDWIDTHS[place], limits, run.threads)
             peers = {
-                peer: Peer(run.medians[peer], other["error"], other["scheme"], other["library"])
+                peer: Peer(run.medians[peer], other["error"], other["scheme"], other["group"], other["library"])
                 for peer, other in run.infos.items()
                 if other["library"] != "lepton" and other["full"] and other["bits"] >= info["bits"]
             }
             shape = info["scheme"], info["n"], info["k"], info["dtype"], info["cold"], run.threads
             rows.append(Row(
-                run.case, info["scheme"], info["n"], info["k"], info["m"], info["dtype"], info["cold"], run.threads,
+                run.case, info["scheme"], info["group"], info["n"], info["k"], info["m"], info["dtype"], info["cold"],
+                run.threads,
                 run.medians[name], max(2 * info["m"] * info["n"] * info["k"] / peak, info["weight_bytes"] / bandwidth),
                 place, info["weight_bytes"], info["error"], peers, row_costs.get(shape),
             ))  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import rivals_ggml
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +26,19 @@ Bind = Callable[[Tensor], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Peer:
-    """make, and what the peer is: bits of a weight, kind of activations ("float" or "int8"), dtypes of X and Y."""
+    """make, and what the peer is.
+
+    bits: of a weight. group: weights along k that share a scale; -1: all. activations: "float" or "int8". dtypes: of X
+    and Y. full: False for the integer product alone, of activations that are integers already.
+    """
 
     make: Callable[[Tensor, torch.dtype], Bind]
     bits: int
     activations: str = "float"
     dtypes: tuple[torch.dtype, ...] = (FLOAT32,)
-    full: bool = True  # False: the integer product alone, of activations that are integers already
+    full: bool = True
     library: str = "torch"
+    group: int = -1
 
     @property
     def scheme(self) -> str:
@@ -263,15 +269,17 @@ PEERS = {
         _part(torchao, "Int8DynamicActivationInt8WeightConfig", True), 8, "int8", EITHER, library="torchao"
     ),
     "onnxruntime dynamic int8": Peer(onnxruntime_dynamic, 8, "int8", library="onnxruntime"),
-    "onnxruntime 8 bit": Peer(_part(onnxruntime_nbits, 8), 8, "int8", library="onnxruntime"),
+    "onnxruntime 8 bit": Peer(_part(onnxruntime_nbits, 8), 8, "int8", library="onnxruntime", group=GROUP),
     "OpenVINO int8": Peer(_part(openvino_int8, "f32"), 8, "int8", library="openvino"),
     "OpenVINO int8 (bf16)": Peer(_part(openvino_int8, "bf16"), 8, library="openvino"),
+    "llama.cpp Q8_0": Peer(_part(rivals_ggml.product, rivals_ggml.Q8_0), 8, "int8", library="llama_cpp", group=32),
     "torch int8pack (bf16)": Peer(torch_int8pack, 8, dtypes=EITHER),
     "torchao int8 weights": Peer(_part(torchao, "Int8WeightOnlyConfig", True), 8, "float", EITHER, library="torchao"),
-    "onnxruntime 4 bit": Peer(_part(onnxruntime_nbits, 4), 4, "int8", library="onnxruntime"),
-    "OpenVINO u4": Peer(_part(openvino_int4, "f32"), 4, "int8", library="openvino"),
-    "OpenVINO u4 (bf16)": Peer(_part(openvino_int4, "bf16"), 4, library="openvino"),
-    "torch int4pack (bf16)": Peer(torch_int4pack, 4, dtypes=EITHER),
+    "onnxruntime 4 bit": Peer(_part(onnxruntime_nbits, 4), 4, "int8", library="onnxruntime", group=GROUP),
+    "OpenVINO u4": Peer(_part(openvino_int4, "f32"), 4, "int8", library="openvino", group=GROUP),
+    "OpenVINO u4 (bf16)": Peer(_part(openvino_int4, "bf16"), 4, library="openvino", group=GROUP),
+    "llama.cpp Q4_0": Peer(_part(rivals_ggml.product, rivals_ggml.Q4_0), 4, "int8", library="llama_cpp", group=32),
+    "torch int4pack (bf16)": Peer(torch_int4pack, 4, dtypes=EITHER, group=GROUP),
 }
 
 

@@ -28,7 +28,8 @@ def bench(monkeypatch):
 
 
 def entry(name: str, seconds: float, m: int, cold: bool = False, **info: object) -> dict:
-    common = {"table": "gemm", "n": 4096, "k": 4096, "m": m, "dtype": "fp32", "cold": cold, "error": 0.01}
+    common = {"table": "gemm", "n": 4096, "k": 4096, "m": m, "dtype": "fp32", "cold": cold, "error": 0.01,
+              "group": -1}  # fmt: skip
     group = f"4096x4096 M={m}" + " from memory" * cold
     return {"name": name, "group": group, "stats": {"median": seconds}, "extra_info": {**common, **info}}
 
