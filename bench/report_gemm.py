@@ -1,5 +1,6 @@
 """The GEMM part of RESULTS.md: limits, targets, a table of ours for each scheme, all times, and a plot."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from targets import TARGETS, Peer, Row, Verdict, judge
 FLOAT_PEAKS = "fp32_gflops", "bf16_gflops", "fp16_gflops", "amx_bf16_gflops"
 INT8_PEAKS = "int8_gops", "amx_int8_gops"
 BANDWIDTHS = {
-    "memory": ("dram_read_gb_s", "dram_read_prefetch_gb_s"),
+    "memory": tuple(name for name in roof.LABELS if name.startswith("dram_read")),
     "cache": ("llc_read_gb_s",),
     "L2": ("l2_read_gb_s",),
 }
@@ -158,7 +159,7 @@ def plot(rows: list[Row], folder: Path, cpu: str) -> list[str]:
             axis.legend(fontsize="small")
     figure.supxlabel("M (4096 x 4096)")
     figure.supylabel("limit / time")
-    name = "".join(letter if letter.isalnum() else "-" for letter in cpu.lower()) + "-gemm.svg"
+    name = "-".join(re.findall("[a-z0-9]+", cpu.lower())) + "-gemm.svg"
     (folder / "plots").mkdir(exist_ok=True)
     figure.savefig(folder / "plots" / name, metadata={"Date": None})
     pyplot.close(figure)

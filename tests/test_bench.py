@@ -8,7 +8,9 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 LIMITS = {
     "threads": [1, 2], "int8_instruction": "an instruction", "amx_int8_gops": None, "amx_bf16_gflops": None,
-    "dram_read_gb_s": [10, 20], "dram_read_prefetch_gb_s": [12, 18], "llc_read_gb_s": [30, 60],
+    "dram_read_gb_s": [10, 20], "dram_read_prefetch_gb_s": [12, 18],
+    "dram_read_streams_gb_s": [11, 19], "dram_read_streams_prefetch_gb_s": [11, 19],
+    "llc_read_gb_s": [30, 60],
     "l2_read_gb_s": [100, 200], "int8_gops": [800, 1600], "bf16_gflops": [100, 200], "fp16_gflops": None,
     "fp32_gflops": [200, 400],
 }  # fmt: skip
