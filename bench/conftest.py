@@ -16,6 +16,7 @@ THREADS = int(os.environ.get("LEPTON_BENCH_THREADS", len(os.sched_getaffinity(0)
 SECONDS = float(os.environ.get("LEPTON_BENCH_SECONDS", "2"))  # of one race
 ROUNDS = 5, 400  # at least, at most
 QUIET = 0.004  # seconds without work before a contender starts: onnxruntime's threads spin on for up to 20 ms
+SPINS = 500  # such spans, at most
 WARM_UP = 0.01  # seconds of calls before those that count
 COUNTED = 0.005  # seconds of calls that count, in a round
 CALLS = 3, 20  # that count, in a round: at least, at most
@@ -53,11 +54,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def settle() -> None:
     """Returns once no thread of this process has run for a while; the pools of some libraries spin for long."""
-    quiet = False
-    while not quiet:
+    for _ in range(SPINS):
         before = time.process_time()
         time.sleep(QUIET)
-        quiet = time.process_time() - before < QUIET / 20
+        if time.process_time() - before < QUIET / 20:
+            return
+    raise RuntimeError(f"the threads of a contender still run {SPINS * QUIET:.1f} s after its last call")
 
 
 def in_turn(contenders: dict[str, Calls], evict: Callable[[], object] | None = None) -> dict[str, list[float]]:

@@ -82,9 +82,9 @@ def test_peers_are_full_layers_of_as_many_bits(bench) -> None:
     assert four.faster() == pytest.approx(0.1)
 
 
-def test_failing_rows_stay_visible(bench) -> None:
+def test_failing_rows_stay_visible(bench, tmp_path) -> None:
     files = [content(lepton(3e-4, 1), peer("onnxruntime 8 bit", 2e-4, 1, 8, "w8a8"), lepton(7e-4, 2)), LIMITS]
-    _, body = bench["report"].part_body("gemm", files, Path("."))
+    _, body = bench["report"].part_body("gemm", files, tmp_path)
     assert "| 4096x4096 M=1 | cache | 0.3 |" in body
     lines = {line.split(" | ")[1]: line for line in body.splitlines() if line.count(" | ") == 4}
     behind = lines["never behind a peer with as many bits a weight or more"]
