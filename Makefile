@@ -4,9 +4,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+BENCHES := bench-gemm bench-codec bench-pipeline bench-prune
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help venv demo test bench fuzz cuda-check lint format wheel clean
+.NOTPARALLEL:
+.PHONY: help venv demo test bench $(BENCHES) fuzz cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -22,7 +24,7 @@ NATIVE := CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'bench/*.cpp')
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: .venv/.native ## MiniLM through w8a8 and w4a16 + Huffman, measured; results in demo-out/
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -30,12 +32,14 @@ demo: .venv/.native ## MiniLM through w8a8 and w4a16 + Huffman, measured; result
 test: .venv/.native ## All tests
 	$(BIN)/pytest $(ARGS)
 
-# Alone on the machine, or the figures are noise. ARGS: `-k w8a8`, `bench/bench_codec.py`; then read build/bench.json.
-bench: .venv/.native .venv/.bench ## Everything beside its peers and the machine's limits; writes bench/RESULTS.md
-	$(BIN)/python bench/roof.py --json > build/roof.json
-	$(BIN)/pytest $(or $(ARGS),bench) -q --override-ini=python_files='bench_*.py' --benchmark-json=build/bench.json \
-	  --benchmark-columns=median,iqr,rounds
-	$(if $(ARGS),,$(BIN)/python bench/report.py build/bench.json build/roof.json)
+# Alone on the machine, or the figures are noise. ARGS (`-k 384`) and LEPTON_BENCH_CASES=quick: a look that writes nothing.
+bench: $(BENCHES) ## Everything beside its peers and the machine's limits; writes bench/RESULTS.md
+bench-gemm: ## Its GEMM part: table, plot and targets; LEPTON_BENCH_CASES=quick or full
+bench-codec: ## Its codec part
+bench-pipeline: ## Its part on a whole model
+bench-prune: ## Its pruning part
+$(BENCHES): bench-%: .venv/.native .venv/.bench
+	$(BIN)/python bench/run.py $* $(ARGS)
 
 fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers (SECONDS a level)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null

@@ -91,7 +91,6 @@ def test_codec(race, direction: str, kind: str) -> None:
             for who, (encode, _) in contenders(kind).items()
             if who not in SLOW_ENCODERS
         }
-    name, *others = calls
-    ratios = {who: len(blob) / len(raw) for who, blob in blobs(kind).items()}
-    race(name, calls[name], {who: calls[who] for who in others}, table=f"codec {direction}", row=kind, column="",
-         bytes=len(raw), ratios=ratios, entropy=entropy(raw))  # fmt: skip
+    infos = {who: {"ratio": len(blob) / len(raw)} for who, blob in blobs(kind).items()}
+    race(f"codec {direction} {kind}", calls, infos, table=f"codec {direction}", row=kind, bytes=len(raw),
+         entropy=entropy(raw))  # fmt: skip

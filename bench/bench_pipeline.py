@@ -33,15 +33,17 @@ def test_latency(race, fp32: LeptonModel, scheme: str, batch: int) -> None:
     }
     ours = fp32.compress(Quantization(scheme))
     with torch.inference_mode():
-        race(f"lepton {scheme}", lambda: ours(**inputs),
-             {name: lambda model=model: model(**inputs) for name, model in models.items()},
-             table="pipeline", row=scheme, column=f"batch {batch}")  # fmt: skip
+        race(f"pipeline {scheme} batch {batch}",
+             {name: lambda model=model: model(**inputs) for name, model in
+              {f"lepton {scheme}": ours, **models}.items()},
+             table=f"pipeline {scheme}", row=f"batch {batch}")  # fmt: skip
 
 
 def test_load(race, fp32: LeptonModel, tmp_path) -> None:
     compressed = fp32.compress(Quantization("w8a8"), Compression("huffman"))
     compressed.save(tmp_path / "coded.safetensors")
     lk.save(compressed.model, tmp_path / "plain.safetensors", "none")
-    race("lepton, Huffman", lambda: lk.load(tmp_path / "coded.safetensors"),
-         {"lepton, not coded": lambda: lk.load(tmp_path / "plain.safetensors")},
-         table="pipeline", row="load the w8a8 file", column="s")  # fmt: skip
+    race("pipeline load",
+         {"lepton, Huffman": lambda: lk.load(tmp_path / "coded.safetensors"),
+          "lepton, not coded": lambda: lk.load(tmp_path / "plain.safetensors")},
+         table="pipeline load", row="the w8a8 file")  # fmt: skip

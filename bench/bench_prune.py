@@ -28,6 +28,7 @@ def test_prune(race) -> None:
     torch_prune(theirs)
     for a, b in zip(linears(ours), linears(theirs), strict=True):
         assert torch.equal(a.weight, b.weight)
-    race("lepton prune_", lambda: lk.prune_(copy.deepcopy(model), 0.8),
-         {"torch.nn.utils.prune": lambda: torch_prune(copy.deepcopy(model))},
-         table="prune", row="MiniLM, 80 %", column="s")  # fmt: skip
+    race("prune",
+         {"lepton prune_": lambda: lk.prune_(copy.deepcopy(model), 0.8),
+          "torch.nn.utils.prune": lambda: torch_prune(copy.deepcopy(model))},
+         table="prune", row="MiniLM, 80 %")  # fmt: skip

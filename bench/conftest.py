@@ -6,7 +6,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -15,10 +14,15 @@ import lepton_kernels as lk
 
 THREADS = int(os.environ.get("LEPTON_BENCH_THREADS", len(os.sched_getaffinity(0))))
 SECONDS = float(os.environ.get("LEPTON_BENCH_SECONDS", "2"))  # of one race
-ROUNDS = 7, 400  # at least, at most
-PAUSE = 0.03  # seconds before a contender: onnxruntime's threads spin on for up to 20 ms and would hold a core
+ROUNDS = 5, 400  # at least, at most
+QUIET = 0.004  # seconds without work before a contender starts: onnxruntime's threads spin on for up to 20 ms
+SPINS = 500  # such spans, at most
 WARM_UP = 0.01  # seconds of calls before those that count
-CALLS = 3  # that count, in a round
+COUNTED = 0.005  # seconds of calls that count, in a round
+CALLS = 3, 20  # that count, in a round: at least, at most
+LONG = 0.03  # seconds of a call to which waking up a thread (0.3 ms) or a cache (1 ms) makes no difference
+
+Calls = list[Callable[[], object]]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -48,41 +52,80 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }
 
 
+def settle() -> None:
+    """Returns once no thread of this process has run for a while; the pools of some libraries spin for long."""
+    for _ in range(SPINS):
+        before = time.process_time()
+        time.sleep(QUIET)
+        if time.process_time() - before < QUIET / 20:
+            return
+    raise RuntimeError(f"the threads of a contender still run {SPINS * QUIET:.1f} s after its last call")
+
+
+def in_turn(contenders: dict[str, Calls], evict: Callable[[], object] | None = None) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, timed in one process, in turn, round by round.
+
+    In a round each contender waits until all threads are quiet, repeats its first call to warm up (clock, threads,
+    code), and then makes its other calls, each once, until COUNTED seconds are over: these count. A call of more than
+    LONG seconds needs no warm-up and counts once a round. `evict` runs before each contender: calls that read weights
+    of their own then find them in DRAM.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    long: set[str] = set()
+
+    def one_round() -> None:
+        for name, (warm, *counted) in contenders.items():
+            if evict is not None:
+                evict()
+            settle()
+            stop = time.perf_counter() + WARM_UP
+            while name not in long:
+                warm()
+                if time.perf_counter() > stop:
+                    break
+            taken = 0.0
+            for done, call in enumerate(counted[:1] if name in long else counted):
+                if done >= CALLS[0] and taken > COUNTED:
+                    break
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+                taken += times[name][-1]
+
+    one_round()
+    long.update(name for name, samples in times.items() if min(samples) > LONG)
+    start = time.perf_counter()
+    one_round()
+    rounds = min(max(int(SECONDS / (time.perf_counter() - start)), ROUNDS[0]), ROUNDS[1])
+    for samples in times.values():
+        samples.clear()
+    for _ in range(rounds):
+        one_round()
+    return times
+
+
 @pytest.fixture
 def race(benchmark) -> Callable[..., None]:
-    """race(ours, rivals): median time of each, in one process, in turn, round by round.
+    """race(case, contenders, ...): times contenders in turn; one benchmark of the group `case` for each, with its info.
 
-    In a round each contender waits for the threads of the one before, makes calls to warm up, and three that count.
-    Medians in seconds of all, by name, go to benchmark.extra_info["medians"]; pytest-benchmark's own table shows `ours`
-    alone, called again and again.
+    A contender is a call, or a list of calls as in_turn takes it. `infos`: what is recorded with one contender;
+    further keywords: with each.
     """
 
-    def run(name: str, ours: Callable[[], object], rivals: dict[str, Callable[[], object]], **info: object) -> None:
-        contenders = {name: ours, **rivals}
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
-
-        def one_round() -> None:
-            for contender, call in contenders.items():
-                time.sleep(PAUSE)
-                stop = time.perf_counter() + WARM_UP
-                call()
-                while time.perf_counter() < stop:
-                    call()
-                for _ in range(CALLS):
-                    start = time.perf_counter()
-                    call()
-                    times[contender].append(time.perf_counter() - start)
-
-        one_round()
-        start = time.perf_counter()
-        one_round()
-        rounds = min(max(int(SECONDS / (time.perf_counter() - start)), ROUNDS[0]), ROUNDS[1])
-        for samples in times.values():
-            samples.clear()
-        for _ in range(rounds):
-            one_round()
-        benchmark.pedantic(ours, rounds=rounds, warmup_rounds=CALLS)
-        medians = {contender: median(samples) for contender, samples in times.items()}
-        benchmark.extra_info.update(ours=name, medians=medians, **info)
+    def run(
+        case: str,
+        contenders: dict[str, Callable[[], object] | Calls],
+        infos: dict[str, dict] | None = None,
+        evict: Callable[[], object] | None = None,
+        **info: object,
+    ) -> None:
+        lists = {name: call if isinstance(call, list) else [call] * (1 + CALLS[1]) for name, call in contenders.items()}
+        benchmark._mode = "race"  # pytest-benchmark has no public way to take times from elsewhere
+        for name, samples in in_turn(lists, evict).items():
+            benchmark.name, benchmark.group = name, case
+            benchmark.extra_info = {**info, **(infos or {}).get(name, {})}
+            stats = benchmark._make_stats(iterations=1)
+            for sample in samples:
+                stats.update(sample)
 
     return run

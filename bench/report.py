@@ -1,126 +1,122 @@
-"""Writes one machine's section of RESULTS.md: python bench/report.py BENCHMARK.json ROOF.json
+"""Writes one part of one machine's section of RESULTS.md: python bench/report.py PART JSON... [--results FILE]
 
-The section stands between two marker lines that hold the CPU's name, and replaces that CPU's earlier one; all other
-text, other machines' sections included, stays as it is.
+PART: gemm, codec, pipeline or prune. JSON: files of pytest-benchmark and of roof.py, in any number; of a limit measured
+more than once the best counts. A section stands between two marker lines that hold the CPU's name, a part in it between
+two of its own; each replaces its predecessor, and all other text stays as it is. With --print nothing is written.
 """
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
-import roof
+import report_gemm
+from tables import Run, markdown, milliseconds, runs_of
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 INTRO = """# Results
 
-Made by `make bench`, one section per CPU model: machines disagree about which kernel is fast. All contenders of a row
-ran in one process, in turn; medians. "of limit": the time that the machine's limits (first table of the section) allow,
-divided by ours: the larger of operations / peak and weight bytes / bandwidth. "best peer / ours" above 1: we are the
-faster one.
+Made by `make bench`, one section per CPU model: machines disagree about which kernel is fast. All contenders of a case
+ran in one process, in turn; medians. "of limit": the time that the machine's limits allow, divided by ours: the larger
+of operations / peak and weight bytes / bandwidth. "best peer / ours" and "x best peer" above 1: we are the faster one.
 """
-FLOAT_PEAKS = "fp32_gflops", "bf16_gflops", "fp16_gflops", "amx_bf16_gflops"
-
-
-def limit_seconds(info: dict, limits: dict) -> float:
-    """The least time a product can take here: its operations at the peak, or its weights at a cache's bandwidth."""
-    integer = not info["table"].endswith("a16")
-    names = ("int8_gops", "amx_int8_gops") if integer else FLOAT_PEAKS
-    peak = max(limits[name][1] for name in names if limits[name])
-    if "memory" in info["column"]:
-        bandwidth = max(limits["dram_read_gb_s"][1], limits["dram_read_prefetch_gb_s"][1])
-    elif info["weight_bytes"] < limits["threads"][1] * roof.cache_kib(2) * 1024:
-        bandwidth = limits["l2_read_gb_s"][1]
-    else:
-        bandwidth = limits["llc_read_gb_s"][1]
-    return max(info["ops"] / peak, info["weight_bytes"] / bandwidth) / 1e9
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-
-
-def race_table(runs: list[dict], limits: dict) -> list[str]:
-    """A row a race: ours, its share of the limit, the best peer's ratio, then all others (codec: speeds)."""
-    names = list(dict.fromkeys(name for run in runs for name in run["medians"]))
-    with_limit = "ops" in runs[0]
-    codec = "bytes" in runs[0]
-
-    def value(run: dict, name: str) -> str:
-        if name not in run["medians"]:
-            return ""
-        if codec:
-            return f"{run['bytes'] / run['medians'][name] / 1e9:.2f} ({run['ratios'][name]:.3f})"
-        return milliseconds(run["medians"][name])
-
-    rows = []
-    for run in runs:
-        ours = run["medians"][run["ours"]]
-        label = " ".join([run["row"], run["column"]]).strip() + (f" ({run['entropy']:.2f} bits)" if codec else "")
-        peers = {name: taken for name, taken in run["medians"].items() if not name.startswith("lepton")}
-        best = f"{min(peers.values()) / ours:.2f}" if peers else ""
-        share = [f"{limit_seconds(run, limits) / ours:.0%}"] if with_limit else []
-        own, *others = names
-        rows.append([label, value(run, own), *share, best, *(value(run, name) for name in others)])
-    own, *others = names
-    return markdown(["", f"**{own}**", *(["of limit"] if with_limit else []), "best peer / ours", *others], rows)
-
-
-UNITS = {
-    "gemm": "ms",
-    "codec": "GB/s of original bytes (compressed / original size); order-0 entropy of bytes; 1 thread",
-    "pipeline": "ms; MiniLM, 128 tokens",
-    "prune": "ms",
+NOTES = {
+    "codec": "GB/s of original bytes (compressed / original size); order-0 entropy of bytes; 1 thread.",
+    "pipeline": "ms; MiniLM, 128 tokens.",
+    "prune": "ms.",
+    "gemm": "Limits: the best of a measurement before and one after. Peers of a row: full layers whose weights have as "
+    "many bits or more. `bf16`: X and Y are bf16, elsewhere fp32. `from memory`: the weights of each call from DRAM.",
 }
 
 
-def section(benchmarks: dict, limits: dict) -> str:
-    machine = benchmarks["machine_info"]["lepton"]
+def race_table(runs: list[Run]) -> list[str]:
+    """A line a case: ours, the best peer's ratio, then all others (codec: speeds)."""
+
+    def value(run: Run, name: str) -> str:
+        if name not in run.medians:
+            return ""
+        info = run.infos[name]
+        if "bytes" in info:
+            return f"{info['bytes'] / run.medians[name] / 1e9:.2f} ({info['ratio']:.3f})"
+        return milliseconds(run.medians[name])
+
+    own, *others = dict.fromkeys(name for run in runs for name in run.medians)
+    rows = []
+    for run in runs:
+        info = run.infos[own]
+        label = info["row"] + (f" ({info['entropy']:.2f} bits)" if "entropy" in info else "")
+        peers = [taken for name, taken in run.medians.items() if not name.startswith("lepton")]
+        best = f"{min(peers) / run.medians[own]:.2f}" if peers else ""
+        rows.append([label, value(run, own), best, *(value(run, name) for name in others)])
+    return markdown(["", f"**{own}**", "best peer / ours", *others], rows)
+
+
+def race_tables(runs: list[Run]) -> list[str]:
     tables = defaultdict(list)
-    for run in benchmarks["benchmarks"]:
-        info = run["extra_info"]
-        tables[(info["table"], info["ours"])].append(info)
-    lines = [
-        f"## {machine['cpu']}",
-        "",
-        f"Level {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{date.today()}. Command: `make bench`.",
-        "",
-        *markdown(
-            ["limit (`bench/roof.py`)", "1 thread", f"{limits['threads'][1]} threads"],
-            [
-                [label, *([f"{x:.1f}" for x in limits[name]] if limits[name] else ["no instruction", ""])]
-                for name, label in roof.LABELS.items()
-            ],
-        ),
-        "",
-        f"int8 by {limits['int8_instruction']}.",
-    ]
-    for (table, _), runs in sorted(tables.items()):
-        lines += ["", f"### {table}: {UNITS[table.split()[0]]}", "", *race_table(runs, limits)]
-    return "\n".join(lines)
+    for run in runs:
+        tables[next(iter(run.infos.values()))["table"]].append(run)
+    return [line for table, group in sorted(tables.items()) for line in ("", f"#### {table}", "", *race_table(group))]
 
 
-def replace_section(text: str, cpu: str, body: str) -> str:
-    begin, end = f"<!-- begin {cpu} -->", f"<!-- end {cpu} -->"
+def replace(text: str, title: str, body: str, where: str = "") -> str:
+    """Text with body between title's markers: in place of what is there, or before the line `where`, or at the end."""
+    begin, end = f"<!-- begin {title} -->", f"<!-- end {title} -->"
     block = f"{begin}\n{body}\n{end}\n"
     if begin in text:
         before, _, rest = text.partition(begin)
         return before + block + rest.partition(f"{end}\n")[2]
+    if where:
+        before, _, rest = text.partition(where)
+        return f"{before.rstrip()}\n\n{block}\n{where}{rest}"
     return f"{text.rstrip()}\n\n{block}"
 
 
+def part_body(part: str, files: list[dict], folder: Path) -> tuple[str, str]:
+    """(the CPU's name, the part's text)."""
+    measured = [content for content in files if "benchmarks" in content]
+    machines = [content["machine_info"]["lepton"] for content in measured]
+    machine = machines[0]
+    for key in ("cpu", "commit"):
+        if any(other[key] != machine[key] for other in machines):
+            raise ValueError(f"report: the files differ in {key}: {[other[key] for other in machines]}")
+    runs = [run for content in measured for run in runs_of(content)]
+    threads = " and ".join(str(count) for count in sorted({other["threads"] for other in machines}))
+    lines = [
+        f"### {part}",
+        "",
+        f"Level {machine['isa']}, threads: {threads}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{date.today()}. Command: `make bench-{part}`. {NOTES[part]}",
+    ]
+    if part == "gemm":
+        limits = report_gemm.best_limits([content for content in files if "benchmarks" not in content])
+        lines += ["", *report_gemm.body(runs, limits, folder, machine["cpu"])]
+    else:
+        lines += race_tables(runs)
+    return machine["cpu"], "\n".join(lines)
+
+
 def main() -> None:
-    benchmarks, limits = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
-    text = RESULTS.read_text() if RESULTS.exists() else INTRO
-    body = section(benchmarks, limits)
-    RESULTS.write_text(replace_section(text, benchmarks["machine_info"]["lepton"]["cpu"], body))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=NOTES)
+    parser.add_argument("json", nargs="+", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--print", action="store_true")
+    options = parser.parse_args()
+    write(options.part, options.json, None if options.print else options.results)
+
+
+def write(part: str, paths: list[Path], results: Path | None) -> None:
+    """Prints the part made from these files and, if there is a `results`, replaces it there."""
+    folder = paths[0].parent if results is None else results.parent
+    cpu, body = part_body(part, [json.loads(path.read_text()) for path in paths], folder)
     print(body)
+    if results is None:
+        return
+    text = results.read_text() if results.exists() else INTRO
+    if f"<!-- begin {cpu} -->" not in text:
+        text = replace(text, cpu, f"## {cpu}\n")
+    results.write_text(replace(text, f"{cpu}: {part}", body, f"<!-- end {cpu} -->"))
 
 
 if __name__ == "__main__":

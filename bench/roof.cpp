@@ -89,21 +89,24 @@ void asm_use(const Register& x) {
   asm volatile("" ::"x"(x));
 }
 
-template <bool prefetch>
+// Reads the buffer as `streams` parts side by side, 256 bytes of each in turn.
+template <int streams, bool prefetch>
 void read(const char* buffer, size_t bytes) {
   Vector sum[4] = {};
-  for (size_t i = 0; i < bytes; i += 256) {
-    if (prefetch)
-      for (int line = 0; line < 4; ++line) _mm_prefetch(buffer + i + kPrefetch + 64 * line, _MM_HINT_T0);
-    for (size_t j = 0; j < 256; j += sizeof(Vector)) {
-      Vector& s = sum[j / sizeof(Vector) % 4];
-      s = either(s, load(buffer + i + j));
+  const size_t part = bytes / streams / 256 * 256;
+  for (size_t i = 0; i < part; i += 256)
+    for (const char* p = buffer + i; p < buffer + streams * part; p += part) {
+      if (prefetch)
+        for (int line = 0; line < 4; ++line) _mm_prefetch(p + kPrefetch + 64 * line, _MM_HINT_T0);
+      for (size_t j = 0; j < 256; j += sizeof(Vector)) {
+        Vector& s = sum[j / sizeof(Vector) % 4];
+        s = either(s, load(p + j));
+      }
     }
-  }
   for (const Vector& s : sum) asm_use(s);
 }
 
-template <bool prefetch>
+template <int streams, bool prefetch>
 double read_gb_per_s(const std::vector<int>& cores, size_t bytes) {
   std::vector<char*> buffers(cores.size());
   for (char*& buffer : buffers) {
@@ -112,7 +115,7 @@ double read_gb_per_s(const std::vector<int>& cores, size_t bytes) {
   }
   const int repeat = std::max(1, int(kSeconds * 2e10 / double(bytes)));
   const double best = rate(cores, [&](int thread) {
-    for (int i = 0; i < repeat; ++i) read<prefetch>(buffers[thread], bytes);
+    for (int i = 0; i < repeat; ++i) read<streams, prefetch>(buffers[thread], bytes);
     return double(bytes) * repeat;
   });
   for (char* buffer : buffers) std::free(buffer);
@@ -178,12 +181,14 @@ int main(int argc, char** argv) {
   const size_t threads = cores.size();
   const size_t l2 = kib(argv[1]) / 2 / 256 * 256;
   const size_t llc = std::min<size_t>(kib(argv[2]) / 2, size_t(16) << 20) / threads / 256 * 256;
-  const size_t dram = size_t(512) << 20;
+  const size_t dram = std::max(size_t(512) << 20, 2 * kib(argv[2])) / threads / 256 * 256 * threads;
   std::printf("{\n  \"threads\": [1, %zu],\n", threads);
-  print("dram_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<false>(c, dram / c.size()); });
-  print("dram_read_prefetch_gb_s", cores, [&](auto& c) { return read_gb_per_s<true>(c, dram / c.size()); });
-  print("llc_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<true>(c, llc * threads / c.size()); });
-  print("l2_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<false>(c, l2); });
+  print("dram_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<1, false>(c, dram / c.size()); });
+  print("dram_read_prefetch_gb_s", cores, [&](auto& c) { return read_gb_per_s<1, true>(c, dram / c.size()); });
+  print("dram_read_streams_gb_s", cores, [&](auto& c) { return read_gb_per_s<4, false>(c, dram / c.size()); });
+  print("dram_read_streams_prefetch_gb_s", cores, [&](auto& c) { return read_gb_per_s<4, true>(c, dram / c.size()); });
+  print("llc_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<1, true>(c, llc * threads / c.size()); });
+  print("l2_read_gb_s", cores, [&](auto& c) { return read_gb_per_s<1, false>(c, l2); });
 
 #if defined(__AVX512VNNI__)
   print("int8_gops", cores, [](auto& c) {

@@ -1,8 +1,8 @@
 """The limits of this machine, measured: python bench/roof.py [--json]
 
-Memory read (without and with software prefetch), last-level cache and L2 read in GB/s; int8, bf16, fp16 and fp32
-multiply-add peaks in billions of operations a second. Each for one thread and for all. What the machine has no
-instruction for is None.
+Memory read (as one stream and as four, without and with software prefetch), last-level cache and L2 read in GB/s; int8,
+bf16, fp16 and fp32 multiply-add peaks in billions of operations a second. Each for one thread and for all. What the
+machine has no instruction for is None.
 """
 
 import json
@@ -15,6 +15,8 @@ from pathlib import Path
 LABELS = {
     "dram_read_gb_s": "memory read, GB/s",
     "dram_read_prefetch_gb_s": "memory read, prefetch 4 KB ahead, GB/s",
+    "dram_read_streams_gb_s": "memory read, 4 streams, GB/s",
+    "dram_read_streams_prefetch_gb_s": "memory read, 4 streams, prefetch, GB/s",
     "llc_read_gb_s": "last-level cache read, GB/s",
     "l2_read_gb_s": "L2 read, GB/s",
     "int8_gops": "int8 multiply-add, GOPS",
