@@ -1,11 +1,16 @@
 // cpu.cpp - bindings of csrc/cpu. Addresses come as integers from tensor.data_ptr(); _backends/cpu.py has checked
 // shapes and dtypes, and what can be checked from sizes alone is checked again here.
+#include <pybind11/stl.h>
+
+#include <array>
 #include <string>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/recurrent.h"
 
 namespace py = pybind11;
 
@@ -54,6 +59,44 @@ void bind_gemm(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed
   gemm(args);
 }
 
+// Addresses of one direction: packed input weight, packed hidden weight, their biases, h0, c0, h_last, c_last.
+using DirectionAddresses = std::array<uintptr_t, 8>;
+
+void bind_recurrent(int cell, uintptr_t x, int steps, int batch, bool batch_first, uintptr_t batch_sizes, int k,
+                    int hidden, const std::vector<DirectionAddresses>& directions, uintptr_t y, int threads) {
+  check(cell >= 0 && cell <= static_cast<int>(Cell::rnn_relu),
+        "recurrent: cell is " + std::to_string(cell) + "; allowed: 0 to 3");
+  check(directions.size() == 1 || directions.size() == 2,
+        "recurrent: there are " + std::to_string(directions.size()) + " directions; allowed: 1, 2");
+  check(hidden >= 1 && hidden <= kMaxK,
+        "recurrent: hidden is " + std::to_string(hidden) + "; allowed: 1 to " + std::to_string(kMaxK));
+  RecurrentArgs args{};
+  args.cell = static_cast<Cell>(cell);
+  args.x = at<const float>(x);
+  args.steps = steps;
+  args.batch = batch;
+  args.batch_first = batch_first;
+  args.batch_sizes = at<const int64_t>(batch_sizes);
+  args.hidden = hidden;
+  args.directions = int(directions.size());
+  const int n = cell_gates(args.cell) * round_up(hidden, kUnitBlock);
+  for (int d = 0; d < args.directions; ++d) {
+    const auto& [input, recurrent, bias_input, bias_hidden, h0, c0, h_last, c_last] = directions[d];
+    args.direction[d] = {packed_view(input, n, k, 8, k),
+                         packed_view(recurrent, n, hidden, 8, hidden),
+                         at<const float>(bias_input),
+                         at<const float>(bias_hidden),
+                         at<const float>(h0),
+                         at<const float>(c0),
+                         at<float>(h_last),
+                         at<float>(c_last)};
+  }
+  args.y = at<float>(y);
+  args.threads = threads;
+  py::gil_scoped_release release;
+  lepton::recurrent(args);
+}
+
 void bind_pack_int8(uintptr_t weight, uintptr_t scale, int n, int k, uintptr_t packed) {
   packed_view(packed, n, k, 8, k);
   py::gil_scoped_release release;
@@ -85,6 +128,7 @@ void bind_cpu(py::module_& module) {
   module.def("pack_int8", &bind_pack_int8);
   module.def("pack_int4", &bind_pack_int4);
   module.def("gemm", &bind_gemm);
+  module.def("recurrent", &bind_recurrent);
 }
 
 }  // namespace lepton

@@ -2,5 +2,6 @@
 
 from lepton_kernels.nn.quant_embedding import QuantEmbedding
 from lepton_kernels.nn.quant_linear import QuantLinear
+from lepton_kernels.nn.quant_recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNNCell
 
-__all__ = ["QuantEmbedding", "QuantLinear"]
+__all__ = ["QuantEmbedding", "QuantGRU", "QuantGRUCell", "QuantLSTM", "QuantLSTMCell", "QuantLinear", "QuantRNNCell"]

@@ -85,12 +85,14 @@ LEPTON_INLINE F32x16 broadcast_f32(float x) { LEPTON_LANES(F32x16, x); }
 LEPTON_INLINE F32x16 add(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] + b.lane[i]); }
 LEPTON_INLINE F32x16 sub(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] - b.lane[i]); }
 LEPTON_INLINE F32x16 mul(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] * b.lane[i]); }
+LEPTON_INLINE F32x16 div(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] / b.lane[i]); }
 LEPTON_INLINE F32x16 min(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 LEPTON_INLINE F32x16 max(F32x16 a, F32x16 b) { LEPTON_LANES(F32x16, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 LEPTON_INLINE F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) { LEPTON_LANES(F32x16, a.lane[i] * b.lane[i] + c.lane[i]); }
 // 1.5 * 2^23 pushes the fraction out of the mantissa: the sum rounds to nearest even.
 LEPTON_INLINE I32x16 round_i32(F32x16 v) { LEPTON_LANES(I32x16, int32_t(bits_of(v.lane[i] + 0x1.8p23f)) - 0x4b400000); }
 LEPTON_INLINE F32x16 to_f32(I32x16 v) { LEPTON_LANES(F32x16, float(v.lane[i])); }
+LEPTON_INLINE F32x16 as_f32(I32x16 v) { LEPTON_LANES(F32x16, float_of(uint32_t(v.lane[i]))); }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_LANES(I32x16, x); }
 LEPTON_INLINE I32x16 load_i32(const void* p) {

@@ -4,8 +4,8 @@
 // same results to the last bit (fmadd alone may round once or twice):
 //
 //   load_f32<dtype>(p)  store_f32<dtype>(p, v)   16 elements of f32, bf16 or f16; bf16 and f16 round to nearest even
-//   broadcast_f32  add  sub  mul  min  max  fmadd(a, b, c) = a * b + c
-//   round_i32(v)        to nearest even; |v| < 2^22      to_f32(i)
+//   broadcast_f32  add  sub  mul  div  min  max  fmadd(a, b, c) = a * b + c
+//   round_i32(v)        to nearest even; |v| < 2^22      to_f32(i)   as_f32(i), the same bits
 //   broadcast_i32  load_i32  store_i32  add  sub  mul  min  max  bit_and  shift_left<n>  shift_right<n> (logical)
 //   shift_right_signed<n> store_quads(p, i)   16 values in 0..255 as 4 quads of the level's layout, kQuadBytes a quad
 //   store_u8(p, i)      16 values in 0..255 as bytes

@@ -1,0 +1,266 @@
+// recurrent.cpp - the loop over time steps: the input's product for a span of steps, then the steps one by one.
+//
+// Threads share the recurrence by directions and by blocks of sequences, which need not wait for each other, or by
+// hidden units, with a barrier a step; then a thread meets the same part of the weight in every step, which stays in
+// its cache. What a thread computes does not depend on how the work was shared: the same bits with any number of
+// threads.
+#include "cpu/recurrent.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+#include "cpu/recurrent_gates.h"
+
+namespace lepton {
+namespace {
+
+// Bytes of x W_i^T that are made at a time: enough rows for a fast product, few enough that they stay in a cache.
+constexpr int64_t kSpanBytes = 8 * 1024 * 1024;
+// Multiplications below which a second thread costs more than it saves: in all steps, and in one step with a barrier.
+constexpr int64_t kParallelWork = 400 * 1000;
+constexpr int64_t kBarrierWork = 400 * 1000;
+// Sequences are dealt to threads only in blocks of this many, and only where every thread's cache holds the whole
+// weight.
+constexpr int kLeastRows = 8;
+constexpr int64_t kSharedWeightBytes = 1024 * 1024;
+
+// 64-byte aligned floats that a thread keeps between calls.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(static_cast<float*>(::operator new(size_t(count) * sizeof(float), std::align_val_t(64))));
+      size_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// `count` panels of an 8-bit weight from panel `begin` on.
+PackedWeight panels_of(PackedWeight weight, int begin, int count) {
+  weight.data += begin * weight.panel_bytes();
+  weight.meta = static_cast<const Int8Meta*>(weight.meta) + begin;
+  weight.n = count * kPanel;
+  return weight;
+}
+
+// Some sequences of one direction, and some of its hidden units: what a thread advances by a step.
+struct Part {
+  int direction;
+  int row, rows;
+  int block, blocks;
+};
+
+struct Layer {
+  const RecurrentArgs& args;
+  int gates, blocks, padded;     // padded: hidden, up to whole blocks
+  std::vector<int64_t> offsets;  // [steps + 1]: rows before a step, where all rows of a step stand together
+  float* x_gates[2];             // of the span: [rows, gates * padded]
+  float* h[2][2];                // [direction][parity of the step] -> [batch, padded]
+  float* c[2];                   // [batch, padded]
+
+  int sequences(int step) const { return int(offsets[step + 1] - offsets[step]); }
+  // The step of the sequence that a direction takes as its i-th, and the first step of a span [begin, end) of those.
+  int step_at(int direction, int i) const { return direction == 0 ? i : args.steps - 1 - i; }
+  int first_step(int direction, int begin, int end) const { return direction == 0 ? begin : args.steps - end; }
+};
+
+// x W_i^T + b_i for the span [begin, end) of a direction's steps.
+void multiply_input(const Layer& layer, int direction, int begin, int end, Floats& gathered) {
+  const RecurrentArgs& args = layer.args;
+  const PackedWeight& weight = args.direction[direction].input;
+  const int first = layer.first_step(direction, begin, end), steps = end - begin, k = weight.k;
+  const int64_t rows = layer.offsets[first + steps] - layer.offsets[first];
+  const float* x = args.x + layer.offsets[first] * k;
+  if (args.batch_first && args.batch > 1) {
+    float* out = gathered.get(rows * k);
+    x = out;
+    for (int step = first; step < first + steps; ++step)
+      for (int b = 0; b < args.batch; ++b, out += k)
+        std::memcpy(out, args.x + (int64_t(b) * args.steps + step) * k, size_t(k) * sizeof(float));
+  }
+  const GemmArgs product{x,
+                         Dtype::f32,
+                         k,
+                         int(rows),
+                         weight,
+                         args.direction[direction].bias_input,
+                         layer.x_gates[direction],
+                         /*quantize_activations=*/true,
+                         args.threads};
+  gemm(product);
+}
+
+// The i-th step of a part, in the span of a direction's steps that begins at `begin` and ends at `end`.
+void advance(const Layer& layer, const Part& part, int i, int begin, int end) {
+  const RecurrentArgs& args = layer.args;
+  const RecurrentDirection& direction = args.direction[part.direction];
+  const int step = layer.step_at(part.direction, i);
+  const int rows = std::min(part.rows, layer.sequences(step) - part.row);
+  if (rows <= 0) return;
+  const int width = layer.gates * kUnitBlock, n = part.blocks * width;
+  const int64_t state = int64_t(part.row) * layer.padded;
+  const float* h = layer.h[part.direction][i % 2] + state;
+  const float* bias = direction.bias_hidden ? direction.bias_hidden + part.block * width : nullptr;
+
+  thread_local Floats products;
+  float* h_gates = products.get(int64_t(rows) * n);
+  if (i == 0 && direction.h0 == nullptr) {  // the product with zeros is the bias
+    for (int r = 0; r < rows; ++r) {
+      if (bias)
+        std::memcpy(h_gates + int64_t(r) * n, bias, size_t(n) * sizeof(float));
+      else
+        std::memset(h_gates + int64_t(r) * n, 0, size_t(n) * sizeof(float));
+    }
+  } else {
+    const GemmArgs product{h,
+                           Dtype::f32,
+                           layer.padded,
+                           rows,
+                           panels_of(direction.hidden, part.block * layer.gates, part.blocks * layer.gates),
+                           bias,
+                           h_gates,
+                           /*quantize_activations=*/true,
+                           /*threads=*/1};
+    gemm(product);
+  }
+
+  const int unit = part.block * kUnitBlock;
+  const int64_t span_row = layer.offsets[step] - layer.offsets[layer.first_step(part.direction, begin, end)] + part.row;
+  const int64_t y_row = args.batch_first ? int64_t(part.row) * args.steps + step : layer.offsets[step] + part.row;
+  const int64_t y_columns = int64_t(args.directions) * args.hidden;
+  RecurrentGates gates{};
+  gates.cell = args.cell;
+  gates.rows = rows;
+  gates.blocks = part.blocks;
+  gates.columns = std::min(part.blocks * kUnitBlock, args.hidden - unit);
+  gates.x_gates = layer.x_gates[part.direction] + span_row * layer.gates * layer.padded + part.block * width;
+  gates.x_stride = int64_t(layer.gates) * layer.padded;
+  gates.h_gates = h_gates;
+  gates.h_stride = n;
+  gates.h = h + unit;
+  gates.h_next = layer.h[part.direction][(i + 1) % 2] + state + unit;
+  if (args.cell == Cell::lstm) gates.c = layer.c[part.direction] + state + unit;
+  gates.state_stride = layer.padded;
+  gates.y = args.y + y_row * y_columns + int64_t(part.direction) * args.hidden + unit;
+  gates.y_stride = args.batch_first ? args.steps * y_columns : y_columns;
+  select_recurrent_gates(isa_in_use())(gates);
+}
+
+// How the recurrence is shared: `row_blocks` blocks of sequences a direction, and a barrier where units are shared too.
+struct Sharing {
+  int threads, row_blocks;
+  bool by_units;
+};
+
+Sharing share(const Layer& layer) {
+  const RecurrentArgs& args = layer.args;
+  const int64_t weight = int64_t(layer.gates) * layer.padded * args.hidden;
+  const int64_t step_work = weight * args.batch * args.directions;
+  const int threads = step_work * args.steps < kParallelWork ? 1 : std::max(1, args.threads);
+  const int wanted = divide_up(threads, args.directions), possible = std::max(1, args.batch / kLeastRows);
+  const int row_blocks = weight <= kSharedWeightBytes ? std::min(wanted, possible) : 1;
+  const int independent = args.directions * row_blocks;
+  if (independent >= threads) return {threads, row_blocks, false};
+  if (step_work < kBarrierWork) return {independent, row_blocks, false};
+  return {threads, row_blocks, true};
+}
+
+// The parts of one thread: units of all blocks of sequences of all directions stand in a line, which is cut evenly.
+std::vector<Part> parts_of(const Layer& layer, const Sharing& sharing, int thread, int team) {
+  const int batch = layer.args.batch, groups = layer.args.directions * sharing.row_blocks;
+  const int unit = sharing.by_units ? 1 : layer.blocks;
+  const int64_t pieces = int64_t(groups) * layer.blocks / unit;
+  const int64_t begin = pieces * thread / team * unit, end = pieces * (thread + 1) / team * unit;
+  std::vector<Part> parts;
+  for (int group = 0; group < groups; ++group) {
+    const int64_t base = int64_t(group) * layer.blocks;
+    const int from = int(std::clamp<int64_t>(begin - base, 0, layer.blocks));
+    const int to = int(std::clamp<int64_t>(end - base, 0, layer.blocks));
+    if (from == to) continue;
+    const int rows_each = divide_up(batch, sharing.row_blocks), row = group % sharing.row_blocks * rows_each;
+    parts.push_back({group / sharing.row_blocks, row, std::min(rows_each, batch - row), from, to - from});
+  }
+  return parts;
+}
+
+void load_state(const float* from, int rows, int columns, int padded, float* to) {
+  if (from == nullptr || columns < padded) std::memset(to, 0, size_t(rows) * size_t(padded) * sizeof(float));
+  if (from == nullptr) return;
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(to + int64_t(r) * padded, from + int64_t(r) * columns, size_t(columns) * sizeof(float));
+}
+
+}  // namespace
+
+void recurrent(const RecurrentArgs& args) {
+  if (args.batch == 0 || args.steps == 0) return;
+  Layer layer{args, cell_gates(args.cell), divide_up(args.hidden, kUnitBlock), 0, {}, {}, {}, {}};
+  layer.padded = layer.blocks * kUnitBlock;
+  layer.offsets.resize(size_t(args.steps) + 1);
+  for (int step = 0; step < args.steps; ++step)
+    layer.offsets[step + 1] = layer.offsets[step] + (args.batch_sizes ? args.batch_sizes[step] : args.batch);
+
+  const int64_t row_floats = int64_t(layer.gates) * layer.padded, state = int64_t(args.batch) * layer.padded;
+  const int64_t span_rows = kSpanBytes / int64_t(sizeof(float)) / row_floats;
+  const int span = int(std::clamp<int64_t>(span_rows / args.batch, 1, args.steps));
+  thread_local Floats memory, gathered;
+  float* next = memory.get(args.directions * (span * args.batch * row_floats + 3 * state));
+  for (int d = 0; d < args.directions; ++d) {
+    layer.x_gates[d] = next;
+    next += span * args.batch * row_floats;
+    for (float** part : {&layer.h[d][0], &layer.h[d][1], &layer.c[d]}) {
+      *part = next;
+      next += state;
+    }
+    // Both: a sequence that the backward direction meets later than others must find its state then.
+    for (float* h : layer.h[d]) load_state(args.direction[d].h0, args.batch, args.hidden, layer.padded, h);
+    load_state(args.direction[d].c0, args.batch, args.hidden, layer.padded, layer.c[d]);
+  }
+
+  const Sharing sharing = share(layer);
+  for (int begin = 0; begin < args.steps; begin += span) {
+    const int end = std::min(begin + span, args.steps);
+    for (int d = 0; d < args.directions; ++d) multiply_input(layer, d, begin, end, gathered);
+    parallel_team(sharing.threads, [&](int thread, int team) {
+      const std::vector<Part> parts = parts_of(layer, sharing, thread, team);
+      if (!sharing.by_units || team == 1) {
+        for (const Part& part : parts)
+          for (int i = begin; i < end; ++i) advance(layer, part, i, begin, end);
+        return;
+      }
+      for (int i = begin; i < end; ++i) {
+        for (const Part& part : parts) advance(layer, part, i, begin, end);
+        team_barrier();
+      }
+    });
+  }
+
+  for (int d = 0; d < args.directions; ++d) {
+    const RecurrentDirection& direction = args.direction[d];
+    for (int b = 0, steps = args.steps; b < args.batch; ++b) {
+      while (d == 0 && layer.sequences(steps - 1) <= b) --steps;  // of this sequence; the later ones are shorter
+      const size_t bytes = size_t(args.hidden) * sizeof(float);
+      std::memcpy(direction.h_last + int64_t(b) * args.hidden, layer.h[d][steps % 2] + int64_t(b) * layer.padded,
+                  bytes);
+      if (args.cell == Cell::lstm)
+        std::memcpy(direction.c_last + int64_t(b) * args.hidden, layer.c[d] + int64_t(b) * layer.padded, bytes);
+    }
+  }
+}
+
+}  // namespace lepton

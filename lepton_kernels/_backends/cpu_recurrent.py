@@ -1,0 +1,98 @@
+"""Recurrent layers on CPU tensors: the native loop over time steps behind the operator `recurrent`.
+
+Its weights are gemm_int8's tiles, with rows in blocks of 16 hidden units (csrc/cpu/recurrent.h); made on first use and
+kept while the saved weights live.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lepton_kernels._backends import cpu
+from lepton_kernels._backends.derived import Derived
+from lepton_kernels._runtime import C
+from lepton_kernels.reference_recurrent import GATES, Direction
+
+UNIT_BLOCK = 16
+_CELLS = {cell: index for index, cell in enumerate(GATES)}
+
+
+class PackedDirection(NamedTuple):
+    """The tiles of one direction, and the addresses a call needs."""
+
+    tensors: tuple[object, ...]  # what the addresses point into
+    addresses: tuple[int, int, int, int]  # input weight, hidden weight, their biases
+
+
+_packed: Derived[PackedDirection] = Derived()
+
+
+def in_blocks(rows: Tensor, gates: int) -> Tensor:
+    """[gates * hidden, ...] as [ceil(hidden / 16) * gates * 16, ...]: the gates of 16 units together, zeros past them."""
+    hidden, rest = rows.shape[0] // gates, rows.shape[1:]
+    blocks = -(-hidden // UNIT_BLOCK)
+    out = rows.new_zeros(gates, blocks * UNIT_BLOCK, *rest)
+    out[:, :hidden] = rows.reshape(gates, hidden, *rest)
+    return out.view(gates, blocks, UNIT_BLOCK, *rest).transpose(0, 1).reshape(-1, *rest)
+
+
+def pack(cell: str, direction: Direction) -> PackedDirection:
+    """The tiles of a direction; made once, then found again."""
+
+    def make() -> PackedDirection:
+        w, gates = direction, GATES[cell]
+        tiles = [
+            cpu.pack_int8(in_blocks(weight.detach(), gates), in_blocks(scale.detach().to(torch.float32), gates))
+            for weight, scale in ((w.weight_ih, w.scale_ih), (w.weight_hh, w.scale_hh))
+        ]
+        biases = [
+            None if bias is None else in_blocks(bias.detach().to(torch.float32), gates)
+            for bias in (w.bias_ih, w.bias_hh)
+        ]
+        addresses = (
+            *(tile.address for tile in tiles),
+            *(0 if bias is None else bias.data_ptr() for bias in biases),
+        )
+        return PackedDirection((*tiles, *biases), addresses)  # type: ignore[arg-type]
+
+    return _packed.get(tuple(t for t in direction if t is not None), (_CELLS[cell],), make)
+
+
+def recurrent(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    directions: list[PackedDirection],
+    hidden: int,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h_n, c_n) of one layer as reference_recurrent.recurrent; None states are zeros, c_n is [0] but for "lstm"."""
+    x = x.contiguous()
+    if batch_sizes is not None:
+        steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
+    else:
+        batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    lstm = cell == "lstm"
+    y = x.new_empty(*x.shape[:-1], len(directions) * hidden)
+    h_n = x.new_empty(len(directions), batch, hidden)
+    c_n = torch.empty_like(h_n) if lstm else x.new_empty(0)
+    h0 = None if h0 is None else h0.contiguous()
+    c0 = None if c0 is None else c0.contiguous()
+    bytes_each = 4 * batch * hidden
+
+    def at(tensor: Tensor | None, d: int) -> int:
+        return 0 if tensor is None else tensor.data_ptr() + d * bytes_each
+
+    C.recurrent(
+        _CELLS[cell], x.data_ptr(), steps, batch, batch_first, 0 if batch_sizes is None else batch_sizes.data_ptr(),
+        x.shape[-1], hidden,
+        [
+            (*packed.addresses, at(h0, d), at(c0, d), at(h_n, d), at(c_n, d) if lstm else 0)
+            for d, packed in enumerate(directions)
+        ],
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h_n, c_n
