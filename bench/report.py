@@ -76,6 +76,7 @@ UNITS = {
     "codec": "GB/s of original bytes (compressed / original size); order-0 entropy of bytes; 1 thread",
     "pipeline": "ms; MiniLM, 128 tokens",
     "prune": "ms",
+    "recurrent": "ms; the whole sequence",
 }
 
 

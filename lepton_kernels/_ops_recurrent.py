@@ -4,6 +4,7 @@ One layer of an LSTM, a GRU or a plain RNN, one or both directions. reference_re
 no gradient: backward through it raises RuntimeError.
 """
 
+import itertools
 from typing import NoReturn
 
 import torch
@@ -37,13 +38,9 @@ def check_recurrent(
     """x f32, h0 and c0 f32 [directions, batch, hidden], weights as directions_of reads them, all on the CPU."""
     _check(cell in GATES, f"cell is {cell!r}; allowed: {', '.join(GATES)}")
     width = 6 if has_bias else 4
-    _check(
-        len(weights) in (width, 2 * width), f"weights holds {len(weights)} tensors; allowed: {width} or {2 * width}"
-    )
+    _check(len(weights) in (width, 2 * width), f"weights holds {len(weights)} tensors; allowed: {width} or {2 * width}")
     dims = 3 if batch_sizes is None else 2
-    _check(
-        x.dtype is torch.float32 and x.dim() == dims, f"x is {x.dtype} {tuple(x.shape)}; allowed: float32, {dims}-D"
-    )
+    _check(x.dtype is torch.float32 and x.dim() == dims, f"x is {x.dtype} {tuple(x.shape)}; allowed: float32, {dims}-D")
     _check(batch_sizes is None or not batch_first, "batch_first is True with batch_sizes; allowed: False")
     directions = directions_of(weights, has_bias)
     n, k = directions[0].weight_ih.shape
@@ -83,7 +80,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
     """Positive, falling, `rows` in all: what the native loop trusts. Raises ValueError."""
     sizes = batch_sizes.tolist()
     _check(
-        bool(sizes) and sizes[-1] > 0 and all(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
+        bool(sizes) and sizes[-1] > 0 and all(a >= b for a, b in itertools.pairwise(sizes))
         and sum(sizes) == rows,
         f"batch_sizes is {sizes[:8]}{'...' if len(sizes) > 8 else ''}; allowed: positive, not rising, {rows} in all",
     )  # fmt: skip
@@ -94,7 +91,9 @@ def _recurrent_cpu(cell, x, batch_sizes, h0, c0, weights, has_bias, batch_first)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
         batch_sizes = batch_sizes.contiguous()
-        _check(int(batch_sizes[0]) == h0.shape[1], f"h0 has shape {tuple(h0.shape)}; allowed: {int(batch_sizes[0])} rows")
+        _check(
+            int(batch_sizes[0]) == h0.shape[1], f"h0 has shape {tuple(h0.shape)}; allowed: {int(batch_sizes[0])} rows"
+        )
     directions = directions_of(weights, has_bias)
     packed = [cpu_recurrent.pack(cell, direction) for direction in directions]
     hidden = directions[0].weight_hh.shape[1]

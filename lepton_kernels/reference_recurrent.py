@@ -56,6 +56,12 @@ def tanh(v: Tensor) -> Tensor:
     return e / (e + 2)
 
 
+def sigmoid_tanh(a: Tensor, b: Tensor) -> Tensor:
+    """sigmoid(a) * tanh(b) with one division, float32."""
+    e = expm1((b + b).clamp(-20, 20))
+    return e / ((2 + expm1(0 - a.clamp(-87, 87))) * (e + 2))
+
+
 def _step(cell: str, x: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The new h and c [rows, hidden] from x W_i^T + b_i, h W_h^T + b_h [rows, gates * hidden] and the old ones."""
     if cell == "rnn_tanh":
@@ -67,8 +73,8 @@ def _step(cell: str, x: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[T
         candidate = tanh(x_n + sigmoid(x_r + h_r) * h_n)
         return candidate + sigmoid(x_z + h_z) * (h - candidate), c
     i, f, g, o = (x + hidden).chunk(4, 1)
-    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-    return sigmoid(o) * tanh(c), c
+    c = sigmoid(f) * c + sigmoid_tanh(i, g)
+    return sigmoid_tanh(o, c), c
 
 
 def recurrent(
@@ -88,13 +94,10 @@ def recurrent(
     if batch_first:
         y, h_n, c_n = recurrent(cell, x.transpose(0, 1), None, h0, c0, weights, has_bias, False)
         return y.transpose(0, 1).contiguous(), h_n, c_n
-    if batch_sizes is None:
-        steps = list(x)
-    else:
-        steps = list(x.split(batch_sizes.tolist()))
+    steps = list(x if batch_sizes is None else x.split(batch_sizes.tolist()))
     ends, columns = [], []
     for d, w in enumerate(directions_of(weights, has_bias)):
-        h, c, out = h0[d].clone(), c0[d].clone(), [None] * len(steps)
+        h, c, out = h0[d].clone(), c0[d].clone(), list(steps)
         for t in range(len(steps))[:: -1 if d else 1]:
             rows = steps[t].shape[0]
             from_x = reference.gemm_int8(steps[t], w.weight_ih, w.scale_ih, w.bias_ih, True)

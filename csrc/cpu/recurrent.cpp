@@ -19,8 +19,9 @@
 namespace lepton {
 namespace {
 
-// Bytes of x W_i^T that are made at a time: enough rows for a fast product, few enough that they stay in a cache.
-constexpr int64_t kSpanBytes = 8 * 1024 * 1024;
+// Bytes of x W_i^T that are made at a time, few enough that they are read back from a second-level cache: this many times
+// the weight's, so that reading the weight again for the next span costs little, within limits.
+constexpr int64_t kSpanPerWeight = 4, kLeastSpanBytes = 256 * 1024, kMostSpanBytes = 2 * 1024 * 1024;
 // Multiplications below which a second thread costs more than it saves: in all steps, and in one step with a barrier.
 constexpr int64_t kParallelWork = 400 * 1000;
 constexpr int64_t kBarrierWork = 400 * 1000;
@@ -216,7 +217,9 @@ void recurrent(const RecurrentArgs& args) {
     layer.offsets[step + 1] = layer.offsets[step] + (args.batch_sizes ? args.batch_sizes[step] : args.batch);
 
   const int64_t row_floats = int64_t(layer.gates) * layer.padded, state = int64_t(args.batch) * layer.padded;
-  const int64_t span_rows = kSpanBytes / int64_t(sizeof(float)) / row_floats;
+  const int64_t weight_bytes = row_floats * args.direction[0].input.k;
+  const int64_t span_bytes = std::clamp(kSpanPerWeight * weight_bytes, kLeastSpanBytes, kMostSpanBytes);
+  const int64_t span_rows = span_bytes / int64_t(sizeof(float)) / row_floats;
   const int span = int(std::clamp<int64_t>(span_rows / args.batch, 1, args.steps));
   thread_local Floats memory, gathered;
   float* next = memory.get(args.directions * (span * args.batch * row_floats + 3 * state));

@@ -2,6 +2,7 @@
 //
 // Both functions come from one e = exp(v) - 1, good near 0 too: sigmoid(v) = 1 / (2 + (exp(-v) - 1)) and
 // tanh(v) = e / (e + 2) of 2 v. Products, sums and divisions alone, each rounded: the same bits on every level.
+// Divisions cost the most: where a sigmoid multiplies a tanh they share one.
 #include "cpu/recurrent_gates.h"
 
 #include "cpu/simd/simd.h"
@@ -32,14 +33,20 @@ LEPTON_INLINE F32x16 expm1(F32x16 v) {
   return add(mul(power, p), sub(power, broadcast_f32(1)));
 }
 
-LEPTON_INLINE F32x16 sigmoid(F32x16 v) {
-  const F32x16 negative = sub(broadcast_f32(0), clamp(v, kSigmoidLimit));
-  return div(broadcast_f32(1), add(broadcast_f32(2), expm1(negative)));
+// sigmoid(v) = 1 / sigmoid_divisor(v), at most 2^126.
+LEPTON_INLINE F32x16 sigmoid_divisor(F32x16 v) {
+  return add(broadcast_f32(2), expm1(sub(broadcast_f32(0), clamp(v, kSigmoidLimit))));
 }
+LEPTON_INLINE F32x16 sigmoid(F32x16 v) { return div(broadcast_f32(1), sigmoid_divisor(v)); }
 
 LEPTON_INLINE F32x16 tanh(F32x16 v) {
   const F32x16 e = expm1(clamp(add(v, v), kTanhLimit));
   return div(e, add(e, broadcast_f32(2)));
+}
+// sigmoid(a) * tanh(b) with one division. Where the product of the divisors is infinite the result is below 2^-125: 0.
+LEPTON_INLINE F32x16 sigmoid_tanh(F32x16 a, F32x16 b) {
+  const F32x16 e = expm1(clamp(add(b, b), kTanhLimit));
+  return div(e, mul(sigmoid_divisor(a), add(e, broadcast_f32(2))));
 }
 
 LEPTON_INLINE F32x16 load(const float* p) { return load_f32<Dtype::f32>(p); }
@@ -50,11 +57,9 @@ LEPTON_INLINE F32x16 step(const float* x, const float* hidden, const float* h, f
   const auto gate = [&](int g)
                         LEPTON_LAMBDA_INLINE { return add(load(x + kUnitBlock * g), load(hidden + kUnitBlock * g)); };
   if constexpr (cell == Cell::lstm) {
-    const F32x16 input = sigmoid(gate(0)), forget = sigmoid(gate(1)), candidate = tanh(gate(2)),
-                 output = sigmoid(gate(3));
-    const F32x16 next = add(mul(forget, load(c)), mul(input, candidate));
+    const F32x16 next = add(mul(sigmoid(gate(1)), load(c)), sigmoid_tanh(gate(0), gate(2)));
     store_f32<Dtype::f32>(c, next);
-    return mul(output, tanh(next));
+    return sigmoid_tanh(gate(3), next);
   } else if constexpr (cell == Cell::gru) {
     const F32x16 reset = sigmoid(gate(0)), update = sigmoid(gate(1));
     const F32x16 candidate = tanh(add(load(x + 2 * kUnitBlock), mul(reset, load(hidden + 2 * kUnitBlock))));

@@ -29,7 +29,7 @@ _packed: Derived[PackedDirection] = Derived()
 
 
 def in_blocks(rows: Tensor, gates: int) -> Tensor:
-    """[gates * hidden, ...] as [ceil(hidden / 16) * gates * 16, ...]: the gates of 16 units together, zeros past them."""
+    """[gates * hidden, ...] as [ceil(hidden / 16) * gates * 16, ...]: the gates of 16 units together, padded with 0."""
     hidden, rest = rows.shape[0] // gates, rows.shape[1:]
     blocks = -(-hidden // UNIT_BLOCK)
     out = rows.new_zeros(gates, blocks * UNIT_BLOCK, *rest)

@@ -1,9 +1,9 @@
 """Recurrent layers with int8 weights on a native kernel: QuantLSTM, QuantGRU, and the cells.
 
 Weights are int8 with a scale per output channel, activations and hidden states uint8 with a scale and zero point a row
-(w8a8); the cell state, sigmoid and tanh are float32. Each weight is a QuantLinear, `ih_l0`, `hh_l0`,
-`ih_l0_reverse`, ..., so state_dict has `ih_l0.weight_packed`, `ih_l0.weight_scale`, `ih_l0.bias` and so on. CPU only; no
-gradient: backward raises RuntimeError. bfloat16 and float16 inputs are computed in float32; results have the input's dtype.
+(w8a8); the cell state, sigmoid and tanh are float32. Each weight is a QuantLinear, `ih_l0`, `hh_l0`, `ih_l0_reverse`,
+..., so state_dict has `ih_l0.weight_packed`, `ih_l0.weight_scale`, `ih_l0.bias` and so on. CPU only; backward raises
+RuntimeError. bfloat16 and float16 inputs are computed in float32; results have the input's dtype.
 """
 
 from typing import Any, ClassVar
@@ -62,13 +62,12 @@ class _Recurrent(nn.Module):
 
     def _direction(self, suffix: str) -> Direction:
         # Straight from the dictionaries: nn.Module's attribute access would cost more than a short step.
-        ih, hh = self._modules["ih" + suffix], self._modules["hh" + suffix]
-        assert ih is not None
-        assert hh is not None
+        ih: Any = self._modules["ih" + suffix]
+        hh: Any = self._modules["hh" + suffix]
         return Direction(
             ih._buffers["weight_packed"], ih._buffers["weight_scale"], hh._buffers["weight_packed"],
             hh._buffers["weight_scale"], ih._parameters.get("bias"), hh._parameters.get("bias"),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def _tiles(self, suffix: str, direction: Direction) -> cpu_recurrent.PackedDirection:
         versions = tuple(0 if t is None else version(t) for t in direction)
@@ -115,20 +114,17 @@ class _Recurrent(nn.Module):
         """One layer on float32 x; the states are [directions, batch, hidden] or None."""
         directions = [self._direction(suffix) for suffix in suffixes]
         tensors = [t for direction in directions for t in direction if t is not None]
-        lstm, cell = self._kernel_cell == "lstm", self._kernel_cell
+        cell = self._kernel_cell
         if (
             torch.compiler.is_compiling()
             or x.device.type != "cpu"
             or type(x) is not Tensor
-            or (
-                torch.is_grad_enabled()
-                and any(t is not None and t.requires_grad for t in (x, *states, *tensors))
-            )
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *states, *tensors)))
         ):
             zeros = x.new_zeros(len(suffixes), batch, self.hidden_size)
-            h0, c0 = (zeros if state is None else state for state in (*states, None)[:2])
+            full = [zeros if state is None else state for state in states]
             return _ops_recurrent.recurrent(
-                cell, x, batch_sizes, h0, c0 if lstm else None, tensors, self.bias, batch_first
+                cell, x, batch_sizes, full[0], full[1] if cell == "lstm" else None, tensors, self.bias, batch_first
             )
         packed = [self._tiles(suffix, direction) for suffix, direction in zip(suffixes, directions, strict=True)]
         h0, c0 = (*states, None)[:2]
@@ -145,7 +141,7 @@ def _is(a: object, b: object) -> bool:
 class _RecurrentLayers(_Recurrent):
     """QuantLSTM and QuantGRU but for their states."""
 
-    _float_type: ClassVar[type[nn.RNNBase]]
+    _float_type: ClassVar[Any]
     _kernel_states: ClassVar[int]
 
     def __init__(
@@ -382,9 +378,7 @@ class _RecurrentCell(_Recurrent):
                 self._check_state(name, state, x, (*x.shape[:-1], self.hidden_size))
             states = tuple(state.to(torch.float32).view(1, -1, self.hidden_size) for state in hx)
         _, *new = self._run([""], rows.to(torch.float32).unsqueeze(0), None, rows.shape[0], states, False)
-        return tuple(
-            state.view(*x.shape[:-1], self.hidden_size).to(x.dtype) for state in new[: len(states)]
-        )
+        return tuple(state.view(*x.shape[:-1], self.hidden_size).to(x.dtype) for state in new[: len(states)])
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}{'' if self.bias else ', bias=False'}, scheme=w8a8"
