@@ -1,7 +1,7 @@
 """Quantized LSTM and GRU beside torch's: float32, and torch's dynamic quantization (fbgemm), float32 in and out.
 
-The initial state is given, input and hidden size are the same. Every contender is checked against the float layer before
-it is timed. All the sizes in question are LEPTON_BENCH_ALL=1 (432 races); without it only those that differ in kind.
+The initial state is given, input and hidden size are the same. Every contender is checked against the float layer
+before it is timed. All sizes in question: LEPTON_BENCH_ALL=1 (216 races); without it only some that differ in kind.
 """
 
 import itertools

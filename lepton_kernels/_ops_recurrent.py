@@ -97,7 +97,11 @@ def _recurrent_cpu(cell, x, batch_sizes, h0, c0, weights, has_bias, batch_first)
     directions = directions_of(weights, has_bias)
     packed = [cpu_recurrent.pack(cell, direction) for direction in directions]
     hidden = directions[0].weight_hh.shape[1]
-    return cpu_recurrent.recurrent(cell, x, batch_sizes, h0, c0, packed, hidden, batch_first)
+    batch, steps = h0.shape[1], x.shape[1 if batch_first else 0] if batch_sizes is None else batch_sizes.shape[0]
+    states = tuple(state.contiguous() for state in (h0, c0) if state is not None)
+    ends = tuple(torch.empty_like(state) for state in states)
+    y = cpu_recurrent.run_layer(cell, x, batch_sizes, steps, batch, states, ends, 0, packed, hidden, batch_first)
+    return y, ends[0], ends[1] if c0 is not None else x.new_empty(0)
 
 
 _library.impl("recurrent", _recurrent_cpu, "CPU")

@@ -19,16 +19,19 @@
 namespace lepton {
 namespace {
 
-// Bytes of x W_i^T that are made at a time, few enough that they are read back from a second-level cache: this many times
-// the weight's, so that reading the weight again for the next span costs little, within limits.
+// Bytes of x W_i^T that are made at a time, few enough that they are read back from a second-level cache: this many
+// times the weight's, so that reading the weight again for the next span costs little, within limits.
 constexpr int64_t kSpanPerWeight = 4, kLeastSpanBytes = 256 * 1024, kMostSpanBytes = 2 * 1024 * 1024;
 // Multiplications below which a second thread costs more than it saves: in all steps, and in one step with a barrier.
 constexpr int64_t kParallelWork = 400 * 1000;
 constexpr int64_t kBarrierWork = 400 * 1000;
-// Sequences are dealt to threads only in blocks of this many, and only where every thread's cache holds the whole
-// weight.
+// Sequences are dealt to threads only in blocks of this many.
 constexpr int kLeastRows = 8;
+// The largest weight that every thread's cache holds: second-level caches have 1 MiB or more.
 constexpr int64_t kSharedWeightBytes = 1024 * 1024;
+// Rows of a span up to which each thread multiplies them by its own part of the input's weight: again, it meets that
+// part in every call. More rows are better shared out anew.
+constexpr int kOwnRows = 64;
 
 // 64-byte aligned floats that a thread keeps between calls.
 class Floats {
@@ -80,34 +83,47 @@ struct Layer {
   int first_step(int direction, int begin, int end) const { return direction == 0 ? begin : args.steps - end; }
 };
 
-// x W_i^T + b_i for the span [begin, end) of a direction's steps.
-void multiply_input(const Layer& layer, int direction, int begin, int end, Floats& gathered) {
+// A span of a direction's steps.
+struct Span {
+  int begin, end;
+  bool own_input;  // x_gates lies part by part: [blocks of the part][rows][width], else [rows][all blocks]
+  const float* x[2];
+  int rows[2];
+};
+
+// Finds the rows of x in the span; gathers them where they do not stand together.
+void find_input(const Layer& layer, int direction, Span& span, Floats& gathered) {
   const RecurrentArgs& args = layer.args;
-  const PackedWeight& weight = args.direction[direction].input;
-  const int first = layer.first_step(direction, begin, end), steps = end - begin, k = weight.k;
-  const int64_t rows = layer.offsets[first + steps] - layer.offsets[first];
-  const float* x = args.x + layer.offsets[first] * k;
-  if (args.batch_first && args.batch > 1) {
-    float* out = gathered.get(rows * k);
-    x = out;
-    for (int step = first; step < first + steps; ++step)
-      for (int b = 0; b < args.batch; ++b, out += k)
-        std::memcpy(out, args.x + (int64_t(b) * args.steps + step) * k, size_t(k) * sizeof(float));
-  }
-  const GemmArgs product{x,
+  const int k = args.direction[direction].input.k, steps = span.end - span.begin;
+  const int first = layer.first_step(direction, span.begin, span.end);
+  span.rows[direction] = int(layer.offsets[first + steps] - layer.offsets[first]);
+  span.x[direction] = args.x + layer.offsets[first] * k;
+  if (!args.batch_first || args.batch == 1) return;
+  float* out = gathered.get(int64_t(span.rows[direction]) * k);
+  span.x[direction] = out;
+  for (int step = first; step < first + steps; ++step)
+    for (int b = 0; b < args.batch; ++b, out += k)
+      std::memcpy(out, args.x + (int64_t(b) * args.steps + step) * k, size_t(k) * sizeof(float));
+}
+
+// x W_i^T + b_i for the span, of some blocks of hidden units.
+void multiply_input(const Layer& layer, int direction, const Span& span, int block, int blocks, int threads) {
+  const RecurrentDirection& weights = layer.args.direction[direction];
+  const int width = layer.gates * kUnitBlock;
+  const GemmArgs product{span.x[direction],
                          Dtype::f32,
-                         k,
-                         int(rows),
-                         weight,
-                         args.direction[direction].bias_input,
-                         layer.x_gates[direction],
+                         weights.input.k,
+                         span.rows[direction],
+                         panels_of(weights.input, block * layer.gates, blocks * layer.gates),
+                         weights.bias_input ? weights.bias_input + block * width : nullptr,
+                         layer.x_gates[direction] + int64_t(span.rows[direction]) * block * width,
                          /*quantize_activations=*/true,
-                         args.threads};
+                         threads};
   gemm(product);
 }
 
-// The i-th step of a part, in the span of a direction's steps that begins at `begin` and ends at `end`.
-void advance(const Layer& layer, const Part& part, int i, int begin, int end) {
+// The i-th step of a part, which is in the span.
+void advance(const Layer& layer, const Part& part, int i, const Span& span) {
   const RecurrentArgs& args = layer.args;
   const RecurrentDirection& direction = args.direction[part.direction];
   const int step = layer.step_at(part.direction, i);
@@ -141,7 +157,8 @@ void advance(const Layer& layer, const Part& part, int i, int begin, int end) {
   }
 
   const int unit = part.block * kUnitBlock;
-  const int64_t span_row = layer.offsets[step] - layer.offsets[layer.first_step(part.direction, begin, end)] + part.row;
+  const int64_t span_row =
+      layer.offsets[step] - layer.offsets[layer.first_step(part.direction, span.begin, span.end)] + part.row;
   const int64_t y_row = args.batch_first ? int64_t(part.row) * args.steps + step : layer.offsets[step] + part.row;
   const int64_t y_columns = int64_t(args.directions) * args.hidden;
   RecurrentGates gates{};
@@ -149,8 +166,14 @@ void advance(const Layer& layer, const Part& part, int i, int begin, int end) {
   gates.rows = rows;
   gates.blocks = part.blocks;
   gates.columns = std::min(part.blocks * kUnitBlock, args.hidden - unit);
-  gates.x_gates = layer.x_gates[part.direction] + span_row * layer.gates * layer.padded + part.block * width;
-  gates.x_stride = int64_t(layer.gates) * layer.padded;
+  if (span.own_input) {
+    gates.x_stride = n;
+    gates.x_gates = layer.x_gates[part.direction] + int64_t(span.rows[part.direction]) * part.block * width;
+  } else {
+    gates.x_stride = int64_t(layer.gates) * layer.padded;
+    gates.x_gates = layer.x_gates[part.direction] + part.block * width;
+  }
+  gates.x_gates += span_row * gates.x_stride;
   gates.h_gates = h_gates;
   gates.h_stride = n;
   gates.h = h + unit;
@@ -162,9 +185,10 @@ void advance(const Layer& layer, const Part& part, int i, int begin, int end) {
   select_recurrent_gates(isa_in_use())(gates);
 }
 
-// How the recurrence is shared: `row_blocks` blocks of sequences a direction, and a barrier where units are shared too.
+// How the recurrence is shared: `directions` at a time, `row_blocks` blocks of sequences each, and a barrier where
+// units are shared too.
 struct Sharing {
-  int threads, row_blocks;
+  int threads, directions, row_blocks;
   bool by_units;
 };
 
@@ -173,17 +197,19 @@ Sharing share(const Layer& layer) {
   const int64_t weight = int64_t(layer.gates) * layer.padded * args.hidden;
   const int64_t step_work = weight * args.batch * args.directions;
   const int threads = step_work * args.steps < kParallelWork ? 1 : std::max(1, args.threads);
+  if (threads == 1) return {1, args.directions, 1, false};
+  if (weight > kSharedWeightBytes) return {threads, 1, 1, true};
   const int wanted = divide_up(threads, args.directions), possible = std::max(1, args.batch / kLeastRows);
-  const int row_blocks = weight <= kSharedWeightBytes ? std::min(wanted, possible) : 1;
-  const int independent = args.directions * row_blocks;
-  if (independent >= threads) return {threads, row_blocks, false};
-  if (step_work < kBarrierWork) return {independent, row_blocks, false};
-  return {threads, row_blocks, true};
+  const int row_blocks = std::min(wanted, possible), independent = args.directions * row_blocks;
+  if (independent >= threads) return {threads, args.directions, row_blocks, false};
+  if (step_work < kBarrierWork) return {independent, args.directions, row_blocks, false};
+  return {threads, args.directions, row_blocks, true};
 }
 
-// The parts of one thread: units of all blocks of sequences of all directions stand in a line, which is cut evenly.
-std::vector<Part> parts_of(const Layer& layer, const Sharing& sharing, int thread, int team) {
-  const int batch = layer.args.batch, groups = layer.args.directions * sharing.row_blocks;
+// The parts of one thread: units of all blocks of sequences of the directions from `first` on stand in a line, which is
+// cut evenly.
+std::vector<Part> parts_of(const Layer& layer, const Sharing& sharing, int first, int thread, int team) {
+  const int batch = layer.args.batch, groups = sharing.directions * sharing.row_blocks;
   const int unit = sharing.by_units ? 1 : layer.blocks;
   const int64_t pieces = int64_t(groups) * layer.blocks / unit;
   const int64_t begin = pieces * thread / team * unit, end = pieces * (thread + 1) / team * unit;
@@ -194,9 +220,28 @@ std::vector<Part> parts_of(const Layer& layer, const Sharing& sharing, int threa
     const int to = int(std::clamp<int64_t>(end - base, 0, layer.blocks));
     if (from == to) continue;
     const int rows_each = divide_up(batch, sharing.row_blocks), row = group % sharing.row_blocks * rows_each;
-    parts.push_back({group / sharing.row_blocks, row, std::min(rows_each, batch - row), from, to - from});
+    parts.push_back({first + group / sharing.row_blocks, row, std::min(rows_each, batch - row), from, to - from});
   }
   return parts;
+}
+
+// What one thread of a team does in a span.
+void run_span(const Layer& layer, const Sharing& sharing, const Span& span, int thread, int team) {
+  const bool barriers = sharing.by_units && team > 1;
+  for (int first = 0; first < layer.args.directions; first += sharing.directions) {
+    const std::vector<Part> parts = parts_of(layer, sharing, first, thread, team);
+    if (span.own_input)
+      for (const Part& part : parts) multiply_input(layer, part.direction, span, part.block, part.blocks, 1);
+    if (!barriers) {
+      for (const Part& part : parts)
+        for (int i = span.begin; i < span.end; ++i) advance(layer, part, i, span);
+      continue;
+    }
+    for (int i = span.begin; i < span.end; ++i) {
+      for (const Part& part : parts) advance(layer, part, i, span);
+      if (i + 1 < span.end) team_barrier();
+    }
+  }
 }
 
 void load_state(const float* from, int rows, int columns, int padded, float* to) {
@@ -220,12 +265,12 @@ void recurrent(const RecurrentArgs& args) {
   const int64_t weight_bytes = row_floats * args.direction[0].input.k;
   const int64_t span_bytes = std::clamp(kSpanPerWeight * weight_bytes, kLeastSpanBytes, kMostSpanBytes);
   const int64_t span_rows = span_bytes / int64_t(sizeof(float)) / row_floats;
-  const int span = int(std::clamp<int64_t>(span_rows / args.batch, 1, args.steps));
-  thread_local Floats memory, gathered;
-  float* next = memory.get(args.directions * (span * args.batch * row_floats + 3 * state));
+  const int steps_each = int(std::clamp<int64_t>(span_rows / args.batch, 1, args.steps));
+  thread_local Floats memory, gathered[2];
+  float* next = memory.get(args.directions * (steps_each * args.batch * row_floats + 3 * state));
   for (int d = 0; d < args.directions; ++d) {
     layer.x_gates[d] = next;
-    next += span * args.batch * row_floats;
+    next += steps_each * args.batch * row_floats;
     for (float** part : {&layer.h[d][0], &layer.h[d][1], &layer.c[d]}) {
       *part = next;
       next += state;
@@ -236,21 +281,15 @@ void recurrent(const RecurrentArgs& args) {
   }
 
   const Sharing sharing = share(layer);
-  for (int begin = 0; begin < args.steps; begin += span) {
-    const int end = std::min(begin + span, args.steps);
-    for (int d = 0; d < args.directions; ++d) multiply_input(layer, d, begin, end, gathered);
-    parallel_team(sharing.threads, [&](int thread, int team) {
-      const std::vector<Part> parts = parts_of(layer, sharing, thread, team);
-      if (!sharing.by_units || team == 1) {
-        for (const Part& part : parts)
-          for (int i = begin; i < end; ++i) advance(layer, part, i, begin, end);
-        return;
-      }
-      for (int i = begin; i < end; ++i) {
-        for (const Part& part : parts) advance(layer, part, i, begin, end);
-        team_barrier();
-      }
-    });
+  for (int begin = 0; begin < args.steps; begin += steps_each) {
+    Span span{begin, std::min(begin + steps_each, args.steps), sharing.row_blocks == 1, {}, {}};
+    for (int d = 0; d < args.directions; ++d) {
+      find_input(layer, d, span, gathered[d]);
+      span.own_input &= span.rows[d] <= kOwnRows;
+    }
+    if (!span.own_input)
+      for (int d = 0; d < args.directions; ++d) multiply_input(layer, d, span, 0, layer.blocks, args.threads);
+    parallel_team(sharing.threads, [&](int thread, int team) { run_span(layer, sharing, span, thread, team); });
   }
 
   for (int d = 0; d < args.directions; ++d) {

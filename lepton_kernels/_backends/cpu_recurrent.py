@@ -59,40 +59,34 @@ def pack(cell: str, direction: Direction) -> PackedDirection:
     return _packed.get(tuple(t for t in direction if t is not None), (_CELLS[cell],), make)
 
 
-def recurrent(
+def run_layer(
     cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    steps: int,
+    batch: int,
+    states: tuple[Tensor, ...],
+    ends: tuple[Tensor, ...],
+    first: int,
     directions: list[PackedDirection],
     hidden: int,
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n) of one layer as reference_recurrent.recurrent; None states are zeros, c_n is [0] but for "lstm"."""
+) -> Tensor:
+    """y of one layer; h_n, and c_n, are written to the rows from `first` on of `ends` [all, batch, hidden].
+
+    states: h0, and c0, of which it reads the same rows; contiguous. Or nothing, for zeros.
+    """
     x = x.contiguous()
-    if batch_sizes is not None:
-        steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
-    else:
-        batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    lstm = cell == "lstm"
     y = x.new_empty(*x.shape[:-1], len(directions) * hidden)
-    h_n = x.new_empty(len(directions), batch, hidden)
-    c_n = torch.empty_like(h_n) if lstm else x.new_empty(0)
-    h0 = None if h0 is None else h0.contiguous()
-    c0 = None if c0 is None else c0.contiguous()
-    bytes_each = 4 * batch * hidden
-
-    def at(tensor: Tensor | None, d: int) -> int:
-        return 0 if tensor is None else tensor.data_ptr() + d * bytes_each
-
+    row_bytes = 4 * batch * hidden
+    h0, c0 = (0 if state is None else state.data_ptr() for state in (*states, None, None)[:2])
+    h_n, c_n = (0 if end is None else end.data_ptr() for end in (*ends, None)[:2])
+    calls = []
+    for d, packed in enumerate(directions, first):
+        at = d * row_bytes
+        calls.append((*packed.addresses, h0 and h0 + at, c0 and c0 + at, h_n + at, c_n and c_n + at))
     C.recurrent(
         _CELLS[cell], x.data_ptr(), steps, batch, batch_first, 0 if batch_sizes is None else batch_sizes.data_ptr(),
-        x.shape[-1], hidden,
-        [
-            (*packed.addresses, at(h0, d), at(c0, d), at(h_n, d), at(c_n, d) if lstm else 0)
-            for d, packed in enumerate(directions)
-        ],
-        y.data_ptr(), torch.get_num_threads(),
+        x.shape[-1], hidden, calls, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return y, h_n, c_n
+    return y

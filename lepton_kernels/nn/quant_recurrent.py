@@ -6,7 +6,7 @@ Weights are int8 with a scale per output channel, activations and hidden states 
 RuntimeError. bfloat16 and float16 inputs are computed in float32; results have the input's dtype.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ def _dequantize(layer: QuantLinear) -> tuple[Tensor, ...]:
     return (layer.weight,) if layer.bias is None else (layer.weight, layer.bias.detach().clone())
 
 
+class _Known(NamedTuple):
+    """Tiles, and what they were made from: the two layers, and each of their tensors with its place and version."""
+
+    packed: cpu_recurrent.PackedDirection
+    ih: QuantLinear
+    hh: QuantLinear
+    tensors: list[tuple[dict[str, Any], str, Tensor | None, int]]
+
+
 class _Recurrent(nn.Module):
     """What layers and cells share: weights as pairs of QuantLinear, checks, and the way to the kernel."""
 
@@ -43,7 +52,7 @@ class _Recurrent(nn.Module):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}: {name} is {value}; allowed: 1 or more")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        self._packed: dict[str, tuple[tuple[Any, ...], tuple[int, ...], cpu_recurrent.PackedDirection]] = {}
+        self._packed: dict[str, _Known] = {}
 
     def _add(self, suffix: str, input_size: int, device: Any) -> None:
         rows = GATES[self._kernel_cell] * self.hidden_size
@@ -61,26 +70,41 @@ class _Recurrent(nn.Module):
                 setattr(target, f"{kind}_{name}{suffix}", nn.Parameter(value))
 
     def _direction(self, suffix: str) -> Direction:
-        # Straight from the dictionaries: nn.Module's attribute access would cost more than a short step.
-        ih: Any = self._modules["ih" + suffix]
-        hh: Any = self._modules["hh" + suffix]
-        return Direction(
-            ih._buffers["weight_packed"], ih._buffers["weight_scale"], hh._buffers["weight_packed"],
-            hh._buffers["weight_scale"], ih._parameters.get("bias"), hh._parameters.get("bias"),
-        )  # fmt: skip
+        ih, hh = getattr(self, "ih" + suffix), getattr(self, "hh" + suffix)
+        return Direction(ih.weight_packed, ih.weight_scale, hh.weight_packed, hh.weight_scale, ih.bias, hh.bias)
 
-    def _tiles(self, suffix: str, direction: Direction) -> cpu_recurrent.PackedDirection:
-        versions = tuple(0 if t is None else version(t) for t in direction)
+    def _tiles(self, suffix: str) -> cpu_recurrent.PackedDirection:
+        # Straight from the modules' dictionaries: attribute access would cost more than a short step.
         known = self._packed.get(suffix)
-        if known is not None and versions == known[1] and all(map(_is, direction, known[0])):
-            return known[2]
+        modules: dict[str, Any] = self._modules
+        ih, hh = modules["ih" + suffix], modules["hh" + suffix]
+        if known is not None and known.ih is ih and known.hh is hh:
+            for place, name, tensor, seen in known.tensors:
+                if place.get(name) is not tensor or (tensor is not None and version(tensor) != seen):
+                    break
+            else:
+                return known.packed
+        direction = self._direction(suffix)
         if direction.weight_ih.is_meta:
             raise RuntimeError(
                 f"{type(self).__name__}: the weights are on the meta device; load a state dict with assign=True first"
             )
         packed = cpu_recurrent.pack(self._kernel_cell, direction)
-        self._packed[suffix] = (direction, versions, packed)
+        tensors: list[tuple[dict[str, Any], str, Tensor | None, int]] = []
+        for layer in (ih, hh):
+            for place, name in (
+                (layer._buffers, "weight_packed"), (layer._buffers, "weight_scale"), (layer._parameters, "bias"),
+            ):  # fmt: skip
+                tensor = place.get(name)
+                tensors.append((place, name, tensor, 0 if tensor is None else version(tensor)))
+        self._packed[suffix] = _Known(packed, ih, hh, tensors)
         return packed
+
+    def _is_plain(self, x: Tensor, states: tuple[Tensor, ...]) -> bool:
+        """Whether the kernel may be called directly; else the operator is, which torch sees."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
+            return False
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *states, *self.parameters()))
 
     def _check_input(self, x: Tensor, dims: tuple[int, int], shapes: str) -> None:
         name = type(self).__name__
@@ -102,40 +126,27 @@ class _Recurrent(nn.Module):
                 f"allowed: {x.dtype} {shape} on {x.device}"
             )
 
-    def _run(
+    def _run_op(
         self,
         suffixes: list[str],
         x: Tensor,
         batch_sizes: Tensor | None,
         batch: int,
-        states: tuple[Tensor | None, ...],
+        states: tuple[Tensor, ...],
         batch_first: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer on float32 x; the states are [directions, batch, hidden] or None."""
-        directions = [self._direction(suffix) for suffix in suffixes]
-        tensors = [t for direction in directions for t in direction if t is not None]
-        cell = self._kernel_cell
-        if (
-            torch.compiler.is_compiling()
-            or x.device.type != "cpu"
-            or type(x) is not Tensor
-            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *states, *tensors)))
-        ):
-            zeros = x.new_zeros(len(suffixes), batch, self.hidden_size)
-            full = [zeros if state is None else state for state in states]
-            return _ops_recurrent.recurrent(
-                cell, x, batch_sizes, full[0], full[1] if cell == "lstm" else None, tensors, self.bias, batch_first
-            )
-        packed = [self._tiles(suffix, direction) for suffix, direction in zip(suffixes, directions, strict=True)]
-        h0, c0 = (*states, None)[:2]
-        return cpu_recurrent.recurrent(cell, x, batch_sizes, h0, c0, packed, self.hidden_size, batch_first)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """y and the last states of one layer, by the operator; the states are [directions, batch, hidden]."""
+        lstm = self._kernel_cell == "lstm"
+        zeros = x.new_zeros(len(suffixes), batch, self.hidden_size)
+        h0, c0 = states if len(states) == 2 else (*states, zeros) if states else (zeros, zeros)
+        weights = [t for suffix in suffixes for t in self._direction(suffix) if t is not None]
+        y, *ends = _ops_recurrent.recurrent(
+            self._kernel_cell, x, batch_sizes, h0, c0 if lstm else None, weights, self.bias, batch_first
+        )
+        return y, tuple(ends[: 2 if lstm else 1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": {}}
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 class _RecurrentLayers(_Recurrent):
@@ -163,6 +174,7 @@ class _RecurrentLayers(_Recurrent):
         self.num_layers, self.batch_first, self.dropout = num_layers, batch_first, float(dropout)
         self.bidirectional = bidirectional
         directions = 2 if bidirectional else 1
+        self._suffix_table = [self._suffixes(layer) for layer in range(num_layers)]
         for layer in range(num_layers):
             for suffix in self._suffixes(layer):
                 self._add(suffix, input_size if layer == 0 else directions * hidden_size, device)
@@ -234,20 +246,30 @@ class _RecurrentLayers(_Recurrent):
                 state = state if batched else state.unsqueeze(1)
                 if packed is not None and packed.sorted_indices is not None:
                     state = state.index_select(1, packed.sorted_indices)
-                states.append(state.to(torch.float32))
+                states.append(state if dtype is torch.float32 else state.to(torch.float32))
 
-        y = x.to(torch.float32)
-        ends: list[tuple[Tensor, ...]] = []
-        none = (None,) * self._kernel_states
+        y = x if dtype is torch.float32 else x.to(torch.float32)
+        plain, ends = self._is_plain(x, tuple(states)), []
+        starts = tuple(state.contiguous() for state in states)
+        rows = directions * self.num_layers
+        if plain:
+            last = tuple(y.new_empty(rows, batch, self.hidden_size) for _ in range(self._kernel_states))
         for layer in range(self.num_layers):
-            begin = layer * directions
-            part = tuple(state[begin : begin + directions] for state in states) or none
-            y, *end = self._run(self._suffixes(layer), y, batch_sizes, batch, part, batch_first)
-            ends.append(tuple(end[: self._kernel_states]))
+            suffixes, first = self._suffix_table[layer], layer * directions
+            if plain:
+                y = cpu_recurrent.run_layer(
+                    self._kernel_cell, y, batch_sizes, steps, batch, starts, last, first,
+                    [self._tiles(suffix) for suffix in suffixes], self.hidden_size, batch_first,
+                )  # fmt: skip
+            else:
+                part = tuple(state[first : first + directions] for state in states)
+                y, end = self._run_op(suffixes, y, batch_sizes, batch, part, batch_first)
+                ends.append(end)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 y = functional.dropout(y, self.dropout, training=True)
+        if not plain:
+            last = tuple(torch.cat(layers) for layers in zip(*ends, strict=True))
 
-        last = ends[0] if self.num_layers == 1 else tuple(torch.cat(layers) for layers in zip(*ends, strict=True))
         if packed is not None and packed.unsorted_indices is not None:
             last = tuple(state.index_select(1, packed.unsorted_indices) for state in last)
         if not batched:
@@ -371,14 +393,23 @@ class _RecurrentCell(_Recurrent):
 
     def _forward(self, x: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         self._check_input(x, (1, 2), f"[batch, {self.input_size}] or [{self.input_size}]")
-        rows = x if x.dim() == 2 else x.unsqueeze(0)
-        states: tuple[Tensor | None, ...] = (None, None) if self._kernel_cell == "lstm" else (None,)
+        rows = (x if x.dim() == 2 else x.unsqueeze(0)).to(torch.float32)
+        states: tuple[Tensor, ...] = ()
         if hx is not None:
             for name, state in zip(("h", "c"), hx, strict=False):
                 self._check_state(name, state, x, (*x.shape[:-1], self.hidden_size))
-            states = tuple(state.to(torch.float32).view(1, -1, self.hidden_size) for state in hx)
-        _, *new = self._run([""], rows.to(torch.float32).unsqueeze(0), None, rows.shape[0], states, False)
-        return tuple(state.view(*x.shape[:-1], self.hidden_size).to(x.dtype) for state in new[: len(states)])
+            shape = (1, rows.shape[0], self.hidden_size)
+            states = tuple(state.to(torch.float32).reshape(shape).contiguous() for state in hx)
+        if self._is_plain(x, states):
+            count = 2 if self._kernel_cell == "lstm" else 1
+            ends = tuple(rows.new_empty(1, rows.shape[0], self.hidden_size) for _ in range(count))
+            cpu_recurrent.run_layer(
+                self._kernel_cell, rows.unsqueeze(0), None, 1, rows.shape[0], states, ends, 0, [self._tiles("")],
+                self.hidden_size, False,
+            )  # fmt: skip
+        else:
+            _, ends = self._run_op([""], rows.unsqueeze(0), None, rows.shape[0], states, False)
+        return tuple(state.view(*x.shape[:-1], self.hidden_size).to(x.dtype) for state in ends)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}{'' if self.bias else ', bias=False'}, scheme=w8a8"
