@@ -62,10 +62,6 @@ def check_recurrent(
         batch = x.shape[0 if batch_first else 1]
         _check(x.shape[1 if batch_first else 0] > 0, f"x has shape {tuple(x.shape)}; allowed: one time step or more")
     else:
-        _check(
-            batch_sizes.dtype is torch.int64 and batch_sizes.dim() == 1 and batch_sizes.device.type == "cpu",
-            f"batch_sizes is {batch_sizes.dtype} on {batch_sizes.device}; allowed: int64 [steps] on the CPU",
-        )
         batch = h0.shape[1] if h0.dim() == 3 else 0
     _check((c0 is not None) == (cell == "lstm"), f"c0 is {'' if c0 is None else 'not '}None with cell {cell!r}")
     for name, state in (("h0", h0), ("c0", c0)):
@@ -77,7 +73,13 @@ def check_recurrent(
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
-    """Positive, falling, `rows` in all: what the native loop trusts. Raises ValueError."""
+    """int64 on the CPU, contiguous, positive, not rising, `rows` in all: what the native loop trusts."""
+    _check(
+        batch_sizes.dtype is torch.int64 and batch_sizes.dim() == 1 and batch_sizes.device.type == "cpu"
+        and batch_sizes.is_contiguous(),
+        f"batch_sizes is {batch_sizes.dtype} {tuple(batch_sizes.shape)} on {batch_sizes.device}; "
+        "allowed: int64 [steps], contiguous, on the CPU",
+    )  # fmt: skip
     sizes = batch_sizes.tolist()
     _check(
         bool(sizes) and sizes[-1] > 0 and all(a >= b for a, b in itertools.pairwise(sizes))
@@ -90,7 +92,6 @@ def _recurrent_cpu(cell, x, batch_sizes, h0, c0, weights, has_bias, batch_first)
     check_recurrent(cell, x, batch_sizes, h0, c0, weights, has_bias, batch_first)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
-        batch_sizes = batch_sizes.contiguous()
         _check(
             int(batch_sizes[0]) == h0.shape[1], f"h0 has shape {tuple(h0.shape)}; allowed: {int(batch_sizes[0])} rows"
         )

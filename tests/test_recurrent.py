@@ -401,6 +401,16 @@ def test_bad_arguments_are_named():
         (lambda: lstm(x, h), TypeError, r"hx is Tensor; allowed: \(h_0, c_0\) or None"),
         (lambda: lstm(x, (h, h[:, :2])), ValueError, r"c_0 is torch.float32 \(1, 2, 40\).*allowed: .*\(1, 3, 40\)"),
         (lambda: lstm(x, (h.half(), h)), ValueError, r"h_0 is torch.float16 .*; allowed: torch.float32"),
+        (
+            lambda: lstm(PackedSequence(torch.randn(5, 24), torch.tensor([3, 30]))),
+            ValueError,
+            r"batch_sizes is \[3, 30\]; allowed: positive, not rising, 5 in all",
+        ),
+        (
+            lambda: lstm(PackedSequence(torch.randn(5, 24), torch.tensor([3, 2], dtype=torch.int32))),
+            ValueError,
+            r"batch_sizes is torch.int32 \(2,\) on cpu; allowed: int64 \[steps\]",
+        ),
         (lambda: lk.nn.QuantLSTM(24, 40, proj_size=8), ValueError, "proj_size is 8; allowed: 0"),
         (lambda: lk.nn.QuantLSTM(24, 0), ValueError, "hidden_size is 0; allowed: 1 or more"),
         (lambda: lk.nn.QuantGRU(24, 40, num_layers=0), ValueError, "num_layers is 0; allowed: 1 or more"),

@@ -225,6 +225,7 @@ class _RecurrentLayers(_Recurrent):
         if packed is not None:
             x, batch_sizes = packed.data, packed.batch_sizes
             self._check_input(x, (2, 2), f"[rows, {self.input_size}] in a PackedSequence")
+            _ops_recurrent.check_batch_sizes(batch_sizes, x.shape[0])  # a PackedSequence may be made by hand
             batched, batch_first, batch, steps = True, False, int(batch_sizes[0]), batch_sizes.shape[0]
         else:
             self._check_input(
