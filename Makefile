@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-BENCHES := bench-gemm bench-codec bench-pipeline bench-prune
+BENCHES := bench-gemm bench-codec bench-pipeline bench-prune bench-recurrent
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
@@ -38,6 +38,7 @@ bench-gemm: ## Its GEMM part: table, plot and targets; LEPTON_BENCH_CASES=quick 
 bench-codec: ## Its codec part
 bench-pipeline: ## Its part on a whole model
 bench-prune: ## Its pruning part
+bench-recurrent: ## LSTM and GRU
 $(BENCHES): bench-%: .venv/.native .venv/.bench
 	$(BIN)/python bench/run.py $* $(ARGS)
 

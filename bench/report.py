@@ -1,6 +1,6 @@
 """Writes one part of one machine's section of RESULTS.md: python bench/report.py PART JSON... [--results FILE]
 
-PART: gemm, codec, pipeline or prune. JSON: files of pytest-benchmark and of roof.py, in any number; of a limit measured
+PART: gemm, codec, pipeline, prune or recurrent. JSON: files of pytest-benchmark and of roof.py, in any number; of a limit measured
 more than once the best counts. A section stands between two marker lines that hold the CPU's name, a part in it between
 two of its own; each replaces its predecessor, and all other text stays as it is. With --print nothing is written.
 """
@@ -25,6 +25,7 @@ NOTES = {
     "codec": "GB/s of original bytes (compressed / original size); order-0 entropy of bytes; 1 thread.",
     "pipeline": "ms; MiniLM, 128 tokens.",
     "prune": "ms.",
+    "recurrent": "ms; the whole sequence.",
     "gemm": "Limits: the best of a measurement before and one after. Peers of a row: full layers whose weights have as "
     "many bits or more. `bf16`: X and Y are bf16, elsewhere fp32. `from memory`: the weights of each call from DRAM.",
 }

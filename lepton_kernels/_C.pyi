@@ -40,6 +40,19 @@ def linear_block(
     y: int,
     threads: int,
 ) -> None: ...
+def recurrent(
+    cell: int,
+    x: int,
+    steps: int,
+    batch: int,
+    batch_first: bool,
+    batch_sizes: int,
+    k: int,
+    hidden: int,
+    directions: list[tuple[int, int, int, int, int, int, int, int]],
+    y: int,
+    threads: int,
+) -> None: ...
 
 MAX_CHUNK_BYTES: int
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lepton_kernels import model_file
 from lepton_kernels._progress import progress
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
+from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.scheme import QuantScheme
 
 _DTYPES = {
@@ -23,6 +24,7 @@ _DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_RECURRENT = {kind.__name__: (kind, old) for old, kind in REPLACEMENTS.items()}
 _LAYERS_KEY, _TIED_KEY = "lepton.layers", "lepton.tied"
 
 
@@ -33,8 +35,14 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 def _layers(model: nn.Module) -> dict[str, Any]:
     """What each quantized module is, by name, so that load can build it without the weights."""
     out: dict[str, Any] = {}
+    parts: set[nn.Module] = set()  # of recurrent layers, which are built with them
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if type(module).__name__ in _RECURRENT and isinstance(module, _RECURRENT[type(module).__name__][0]):
+            out[name] = {"kind": type(module).__name__}
+            parts.update(module.children())
+        elif module in parts:
+            continue
+        elif isinstance(module, QuantLinear):
             out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None,
                          "activation": "none" if module.activation_is_fused else module.activation}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
@@ -94,6 +102,11 @@ def _tensor(file: model_file.ModelFile, name: str, device: torch.device | None) 
 
 def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
     """The quantized module that stands in for `old`, on the meta device."""
+    if spec["kind"] in _RECURRENT:
+        kind, plain = _RECURRENT[spec["kind"]]
+        if not isinstance(old, (kind, plain)):
+            raise TypeError(f"an nn.{plain.__name__} in the file and {type(old).__name__} in the model")
+        return kind.empty_like(old, device="meta")
     if spec["kind"] == "QuantEmbedding":
         if not isinstance(old, (nn.Embedding, QuantEmbedding)):
             raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
@@ -123,8 +136,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
     """Reads a model file: a state dict, or `model` with the file's layers and weights put into it.
 
     model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
-    costs no memory. Its nn.Linear and nn.Embedding become what they are in the file. Every tensor is checked; nothing
-    is put into `model` before all of them have been read. device: where tensors go; None is the CPU.
+    costs no memory. Its nn.Linear, nn.Embedding and recurrent layers become what they are in the file. Every tensor is
+    checked; nothing is put into `model` before all of them have been read. device: where tensors go; None is the CPU.
     Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
     """
     file = model_file.ModelFile.open(path)

@@ -14,10 +14,18 @@ def export(model: Any, args: tuple[Any, ...], path: str | os.PathLike[str], **op
     """Writes model(*args) as ONNX to `path`; `options` go to torch.onnx.export (input_names, dynamic_shapes, ...).
 
     The exporter's own optimizer stays off: it would store the weights as floats. onnxruntime folds them when it loads.
-    Raises ImportError without onnxscript.
+    Raises ImportError without onnxscript, ValueError for a model with quantized recurrent layers.
     """
     import torch
 
+    from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
+
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    for name, module in modules:
+        if isinstance(module, tuple(REPLACEMENTS.values())):
+            raise ValueError(
+                f"onnx.export: {name or 'the model'} is a {type(module).__name__}; allowed: no recurrent layer"
+            )
     program = torch.onnx.export(
         model, args, dynamo=True, opset_version=21, optimize=False, verbose=False,
         custom_translation_table=translations(), **options,

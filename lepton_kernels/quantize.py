@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lepton_kernels._backends import kernel_name
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
+from lepton_kernels.nn import quant_recurrent as recurrent
 from lepton_kernels.scheme import QuantScheme
+
+_RECURRENT = tuple(recurrent.REPLACEMENTS)
+_QUANT_RECURRENT: Any = tuple(recurrent.REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
@@ -57,24 +61,58 @@ class QuantizeReport:
         return "\n".join(lines)
 
 
-def _reason_to_skip(name: str, module: Any, shared: bool, exclude: Sequence[Selector]) -> str | None:
+def _weights(module: Any) -> list[Tensor]:
+    """The weight matrices of a layer, float or quantized, in one order."""
+    if isinstance(module, _RECURRENT):
+        return [parameter for name, parameter in module.named_parameters() if name.startswith("weight")]
+    if isinstance(module, _QUANT_RECURRENT):
+        return [part.weight for part in module.children()]
+    return [module.weight]
+
+
+def _relative_error(module: nn.Module, replacement: nn.Module) -> float:
+    before = [weight.detach().float() for weight in _weights(module)]
+    changes = [(new.float() - old).norm() for new, old in zip(_weights(replacement), before, strict=True)]
+    norm = torch.stack([weight.norm() for weight in before]).norm()
+    return float(torch.stack(changes).norm() / norm.clamp(min=1e-30))
+
+
+def _quantized(module: Any, scheme: QuantScheme) -> tuple[nn.Module, str, str]:
+    """(the replacement, the name of its scheme, the kernel that serves it)."""
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding.from_embedding(module), "int8", "torch"
+    kernel = kernel_name(scheme.name, str(next(module.parameters()).device.type))
+    if isinstance(module, nn.Linear):
+        return QuantLinear.from_linear(module, scheme), scheme.name, kernel
+    return recurrent.from_float(module), scheme.name, kernel.replace("gemm_int8", "recurrent")
+
+
+def _reason_to_skip(
+    name: str, module: Any, shared: bool, exclude: Sequence[Selector], scheme: QuantScheme
+) -> str | None:
     if any(matches(selector, name, module) for selector in exclude):
         return "excluded"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its parent reads the weight directly (nn.MultiheadAttention)"
-    if type(module) not in (nn.Linear, nn.Embedding):
+    if type(module) not in (nn.Linear, nn.Embedding, *_RECURRENT):
         return f"a subclass ({type(module).__name__}) may compute something else"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm renormalizes its rows"
+    if isinstance(module, _RECURRENT) and scheme.name != "w8a8":
+        return f"recurrent layers have no {scheme.name} kernel; allowed: w8a8"
+    if getattr(module, "proj_size", 0):
+        return f"proj_size is {module.proj_size}; allowed: 0"
+    if isinstance(module, _RECURRENT) and next(module.parameters()).device.type == "cuda":
+        return "recurrent layers have no GPU kernel"
     if shared:
         return "its weight is tied to another layer's"
-    if not torch.isfinite(module.weight).all():
+    if not all(torch.isfinite(weight).all() for weight in _weights(module)):
         return "its weight holds NaN or infinity"
     return None
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -94,7 +132,8 @@ def quantize_(
     exclude: Sequence[Selector] = (),
     strict: bool = False,
 ) -> QuantizeReport:
-    """Quantizes every nn.Linear of `model` in place (nn.Embedding too, to int8 rows, where `include` picks it).
+    """Quantizes every nn.Linear of `model` in place. Where `include` picks them also nn.Embedding, to int8 rows, and
+    nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell and nn.RNNCell, by w8a8 alone.
 
     include, exclude: names, globs over names, types or callables (name, module) -> bool. `include` narrows the layers
     to those it picks. Returns a row a layer. Raises ValueError when a selector matches nothing, when nothing changed,
@@ -102,7 +141,7 @@ def quantize_(
     """
     chosen = QuantScheme.of(scheme, group_size)
     selectors, excluded = as_selectors(include), as_selectors(exclude)
-    sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Embedding))]
+    sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Embedding, *_RECURRENT))]
     named = [(name, module) for _, _, name, module in sites]
     check_selectors("quantize_", "include", selectors, named)
     check_selectors("quantize_", "exclude", excluded, named)
@@ -117,7 +156,10 @@ def quantize_(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     plan = [
-        (*site, _reason_to_skip(site[2], site[3], len(owners[id(site[3].weight)]) > 1, excluded))
+        (
+            *site,
+            _reason_to_skip(site[2], site[3], any(len(owners[id(w)]) > 1 for w in _weights(site[3])), excluded, chosen),
+        )
         for site in sites
         if wanted(site[2], site[3]) or any(matches(s, site[2], site[3]) for s in excluded)
     ]
@@ -131,27 +173,18 @@ def quantize_(
         )
 
     report = QuantizeReport()
-    made: dict[int, tuple[nn.Module, nn.Module, float]] = {}
+    made: dict[int, tuple[nn.Module, nn.Module]] = {}  # the old one too: its id must not be given to another
     for parent, attribute, name, module, reason in progress(plan, "quantizing"):
-        shape, before = tuple(module.weight.shape), _bytes(module)
+        shape, before = tuple(_weights(module)[0].shape), _bytes(module)
         if reason:
             report.rows.append(LayerRow(name, shape, "", before, before, skipped=reason))
             continue
-        first = id(module) not in made
-        if first:
-            linear = isinstance(module, nn.Linear)
-            replacement = QuantLinear.from_linear(module, chosen) if linear else QuantEmbedding.from_embedding(module)
-            weight = module.weight.detach().float()
-            error = (replacement.weight.float() - weight).norm() / weight.norm().clamp(min=1e-30)
-            made[id(module)] = (module, replacement, float(error))
-        _, new, error_value = made[id(module)]
-        setattr(parent, attribute, new)
-        if first:
-            linear = isinstance(new, QuantLinear)
-            kernel = kernel_name(chosen.name, str(new.weight_scale.device.type)) if linear else "torch"
-            report.rows.append(
-                LayerRow(name, shape, chosen.name if linear else "int8", before, _bytes(new), error_value, kernel)
-            )
+        if id(module) not in made:
+            new, label, kernel = _quantized(module, chosen)
+            made[id(module)] = (module, new)
+            error = _relative_error(module, new)
+            report.rows.append(LayerRow(name, shape, label, before, _bytes(new), error, kernel))
+        setattr(parent, attribute, made[id(module)][1])
     _disable_fused_path(model)
     return report
 
@@ -165,17 +198,28 @@ def quantize_dynamic(
 ) -> nn.Module:
     """torch.ao.quantization.quantize_dynamic's signature on our kernels: a copy of `model` with w8a8 layers.
 
-    qconfig_spec: layer types or names; None is {nn.Linear}. dtype: torch.qint8. mapping: None. inplace: change `model`
-    itself. Raises ValueError for what is not served (nn.LSTM and other recurrent layers, torch.float16, a mapping).
+    qconfig_spec: layer types (nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell) or names;
+    None is all of these types but nn.Embedding. A type that the model does not have is passed over, as torch does.
+    dtype: torch.qint8. mapping: None. inplace: change `model` itself. Raises ValueError for what is not served (another
+    type, torch.float16, a mapping), for a name that matches nothing and when nothing changed.
     """
     if dtype != torch.qint8:
         raise ValueError(f"quantize_dynamic: dtype is {dtype}; allowed: torch.qint8")
     if mapping is not None:
         raise ValueError(f"quantize_dynamic: mapping is {mapping}; allowed: None")
-    chosen = list(qconfig_spec) if qconfig_spec is not None else [nn.Linear]
+    allowed = (nn.Linear, nn.Embedding, *_RECURRENT)
+    chosen: list[Any] = list(qconfig_spec) if qconfig_spec is not None else [nn.Linear, *_RECURRENT]
     for item in chosen:
-        if not isinstance(item, str) and item not in (nn.Linear, nn.Embedding):
-            raise ValueError(f"quantize_dynamic: qconfig_spec holds {item!r}; allowed: nn.Linear, nn.Embedding, names")
+        if not isinstance(item, str) and item not in allowed:
+            names = ", ".join(f"nn.{kind.__name__}" for kind in allowed)
+            raise ValueError(f"quantize_dynamic: qconfig_spec holds {item!r}; allowed: {names}, names")
+    inside = [module for _, _, _, module in sites_of(model)]
+    present = [item for item in chosen if isinstance(item, str) or any(isinstance(m, item) for m in inside)]
+    if not present:
+        names = ", ".join(f"nn.{kind.__name__}" for kind in chosen if not isinstance(kind, str))
+        raise ValueError(
+            f"quantize_dynamic: nothing to quantize in {type(model).__name__}: it holds none of {names or 'no layer'}"
+        )
     model = model if inplace else copy.deepcopy(model)
-    quantize_(model, "w8a8", include=chosen)
+    quantize_(model, "w8a8", include=present)
     return model

@@ -17,6 +17,7 @@ FORBIDDEN = {
     "lepton_kernels.triton_kernels": ("lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels._backends"),
     "lepton_kernels._backends": ("lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels.quantize"),
     "lepton_kernels._ops": ("lepton_kernels.nn", "lepton_kernels.quantize"),
+    "lepton_kernels._ops_recurrent": ("lepton_kernels.nn", "lepton_kernels.quantize"),
     "lepton_kernels.nn": ("lepton_kernels.quantize", "lepton_kernels.checkpoint", "lepton_kernels.prune"),
     "lepton_kernels": ("lepton_ai", "tests", "bench"),
 }

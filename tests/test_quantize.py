@@ -246,5 +246,7 @@ def test_quantize_dynamic_keeps_torchs_signature():
     assert type(quantized[0]) is lk.nn.QuantLinear
     assert (quantized(x) - model(x)).norm() / model(x).norm() < 0.05
     assert lk.quantize_dynamic(model, inplace=True) is model
-    with pytest.raises(ValueError, match=r"qconfig_spec holds .*LSTM.*; allowed: nn.Linear, nn.Embedding, names"):
+    with pytest.raises(ValueError, match=r"qconfig_spec holds .*Conv2d.*; allowed: nn.Linear, nn.Embedding, nn.LSTM"):
+        lk.quantize_dynamic(model, {nn.Conv2d})
+    with pytest.raises(ValueError, match=r"nothing to quantize in Sequential: it holds none of nn.LSTM"):
         lk.quantize_dynamic(model, {nn.LSTM})

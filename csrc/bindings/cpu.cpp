@@ -2,6 +2,7 @@
 // shapes and dtypes, and what can be checked from sizes alone is checked again here.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_block.h"
 #include "cpu/parallel.h"
+#include "cpu/recurrent.h"
 
 namespace py = pybind11;
 
@@ -34,11 +36,11 @@ PackedWeight packed_view(uintptr_t packed, int n, int k, int bits, int group, bo
   check(bits == 8 || (group >= 1 && (group % kNibbleBlock == 0 || group >= k)),
         "gemm: group_size is " + std::to_string(group) + "; allowed: a multiple of " + std::to_string(kNibbleBlock) +
             ", or -1 for the whole row");
-  return {at<const uint8_t>(packed), n, k, bits, bits == 8 ? k : group, symmetric};
+  return packed_weight(at<const uint8_t>(packed), n, k, bits, bits == 8 ? k : group, symmetric);
 }
 
 int64_t packed_bytes(int n, int k, int bits, int group, bool symmetric) {
-  return packed_view(0, n, k, bits, group, symmetric).total_bytes();
+  return PackedLayout(packed_view(0, n, k, bits, group, symmetric)).bytes;
 }
 
 void check_activation(int activation) {
@@ -87,6 +89,44 @@ void bind_linear_block(uintptr_t x, int dtype, int64_t x_stride, int m, const st
   linear_block(args);
 }
 
+// Addresses of one direction: packed input weight, packed hidden weight, their biases, h0, c0, h_last, c_last.
+using DirectionAddresses = std::array<uintptr_t, 8>;
+
+void bind_recurrent(int cell, uintptr_t x, int steps, int batch, bool batch_first, uintptr_t batch_sizes, int k,
+                    int hidden, const std::vector<DirectionAddresses>& directions, uintptr_t y, int threads) {
+  check(cell >= 0 && cell <= static_cast<int>(Cell::rnn_relu),
+        "recurrent: cell is " + std::to_string(cell) + "; allowed: 0 to 3");
+  check(directions.size() == 1 || directions.size() == 2,
+        "recurrent: there are " + std::to_string(directions.size()) + " directions; allowed: 1, 2");
+  check(hidden >= 1 && hidden <= kMaxK,
+        "recurrent: hidden is " + std::to_string(hidden) + "; allowed: 1 to " + std::to_string(kMaxK));
+  RecurrentArgs args{};
+  args.cell = static_cast<Cell>(cell);
+  args.x = at<const float>(x);
+  args.steps = steps;
+  args.batch = batch;
+  args.batch_first = batch_first;
+  args.batch_sizes = at<const int64_t>(batch_sizes);
+  args.hidden = hidden;
+  args.directions = int(directions.size());
+  const int n = cell_gates(args.cell) * round_up(hidden, kUnitBlock);
+  for (int d = 0; d < args.directions; ++d) {
+    const auto& [input, recurrent, bias_input, bias_hidden, h0, c0, h_last, c_last] = directions[d];
+    args.direction[d] = {packed_view(input, n, k, 8, k, true),
+                         packed_view(recurrent, n, hidden, 8, hidden, true),
+                         at<const float>(bias_input),
+                         at<const float>(bias_hidden),
+                         at<const float>(h0),
+                         at<const float>(c0),
+                         at<float>(h_last),
+                         at<float>(c_last)};
+  }
+  args.y = at<float>(y);
+  args.threads = threads;
+  py::gil_scoped_release release;
+  lepton::recurrent(args);
+}
+
 void bind_pack_int8(uintptr_t weight, uintptr_t scale, int n, int k, uintptr_t packed) {
   packed_view(packed, n, k, 8, k, true);
   py::gil_scoped_release release;
@@ -119,6 +159,7 @@ void bind_cpu(py::module_& module) {
   module.def("pack_int4", &bind_pack_int4);
   module.def("gemm", &bind_gemm);
   module.def("linear_block", &bind_linear_block);
+  module.def("recurrent", &bind_recurrent);
 }
 
 }  // namespace lepton

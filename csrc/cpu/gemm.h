@@ -26,8 +26,7 @@ struct GemmArgs {
 
 void gemm(const GemmArgs& args);
 
-// The tiled layout from the saved one (docs/formats.md). `packed` has room for total_bytes() of the
-// weight that pack_* describe, data first.
+// The tiled layout from the saved one (docs/formats.md). `packed` has room for PackedLayout's bytes.
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed);
 // weight: uint8 rows of row_bytes, two k a byte, low nibble first, value + 8. scale: f32 [n, groups]. zero: int8
 // [n, groups] in -8..7, or null for 0.

@@ -50,8 +50,8 @@ int64_t row_floats(const LinearBlockArgs& args) {
 }
 
 void one_block(const LinearBlockArgs& args, Isa isa, int row0, int rows) {
-  thread_local Scratch floats, prepared;
-  float* h = static_cast<float*>(floats.get(size_t(rows * row_floats(args)) * sizeof(float)));
+  thread_local Scratch memory, prepared;
+  float* h = memory.floats(rows * row_floats(args));
   const void* x = static_cast<const char*>(args.x) + row0 * args.x_stride * dtype_bytes(args.dtype);
   for (int i = 0; i < args.layer_count; ++i) {
     const GemmArgs layer = layer_args(args, i, x, rows, h);
@@ -65,8 +65,8 @@ void one_block(const LinearBlockArgs& args, Isa isa, int row0, int rows) {
 }
 
 void layer_by_layer(const LinearBlockArgs& args, Isa isa) {
-  thread_local Scratch floats;
-  float* h = static_cast<float*>(floats.get(size_t(args.m * row_floats(args)) * sizeof(float)));
+  thread_local Scratch memory;
+  float* h = memory.floats(args.m * row_floats(args));
   const void* x = args.x;
   for (int i = 0; i < args.layer_count; ++i) {
     const GemmArgs layer = layer_args(args, i, x, args.m, h);
@@ -81,7 +81,7 @@ void layer_by_layer(const LinearBlockArgs& args, Isa isa) {
     const int row0 = i * rows_each;
     finish_rows(args, isa, h + int64_t(row0) * n, row0, std::min(rows_each, args.m - row0));
   });
-  floats.trim();
+  memory.trim();
 }
 
 }  // namespace
@@ -90,7 +90,10 @@ void linear_block(const LinearBlockArgs& args) {
   const Isa isa = isa_in_use();
   if (args.m == 0) return;
   int64_t weight_bytes = 0;
-  for (int i = 0; i < args.layer_count; ++i) weight_bytes += args.layers[i].weight.total_bytes();
+  for (int i = 0; i < args.layer_count; ++i) {
+    const PackedWeight& weight = args.layers[i].weight;
+    weight_bytes += weight.panels() * weight.panel_bytes();
+  }
   if (weight_bytes > kWeightCaches * l2_bytes() || args.m < kTileRows * args.threads) return layer_by_layer(args, isa);
   // Twice the floats: what is quantized of them takes up to half as much, and so do x and y.
   const int64_t row_bytes = 2 * row_floats(args) * int64_t(sizeof(float));

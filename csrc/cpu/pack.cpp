@@ -7,10 +7,11 @@
 namespace lepton {
 
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed) {
-  const PackedWeight view{packed, n, k, 8, k, true};
-  std::memset(packed, 0, size_t(view.total_bytes()));
-  auto* scales = reinterpret_cast<float*>(packed + view.scale_offset());
-  auto* sums = reinterpret_cast<int32_t*>(packed + view.sum_offset());
+  const PackedWeight view = packed_weight(packed, n, k, 8, k, true);
+  const PackedLayout layout(view);
+  std::memset(packed, 0, size_t(layout.bytes));
+  auto* scales = reinterpret_cast<float*>(packed + layout.scales);
+  auto* sums = reinterpret_cast<int32_t*>(packed + layout.sums);
   for (int column = 0; column < n; ++column) {
     const int8_t* row = weight + int64_t(column) * k;
     uint8_t* out = packed + column / kPanel * view.panel_bytes() + column % kPanel * kQuad;
@@ -26,11 +27,12 @@ void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* 
 
 void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, const int8_t* zero, int n, int k,
                int group, uint8_t* packed) {
-  const PackedWeight view{packed, n, k, 4, group, zero == nullptr};
+  const PackedWeight view = packed_weight(packed, n, k, 4, group, zero == nullptr);
+  const PackedLayout layout(view);
   const int groups = view.groups();
-  std::memset(packed, 0, size_t(view.total_bytes()));
-  auto* scales = reinterpret_cast<float*>(packed + view.scale_offset());
-  auto* sums = reinterpret_cast<float*>(packed + view.sum_offset());
+  std::memset(packed, 0, size_t(layout.bytes));
+  auto* scales = reinterpret_cast<float*>(packed + layout.scales);
+  auto* sums = reinterpret_cast<float*>(packed + layout.sums);
   std::vector<int32_t> group_sums(groups);
   for (int column = 0; column < n; ++column) {
     const uint8_t* row = weight + column * row_bytes;
@@ -48,7 +50,7 @@ void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, con
       const int64_t source = int64_t(column) * groups + g, place = (int64_t(panel) * groups + g) * kPanel + c;
       const int zero_point = 8 + (zero ? zero[source] : 0), size = g + 1 < groups ? group : k - g * group;
       scales[place] = scale[source];
-      if (zero) packed[view.zero_offset() + place] = static_cast<uint8_t>(zero_point);
+      if (zero) packed[layout.zeros + place] = static_cast<uint8_t>(zero_point);
       const float part = float(group_sums[g] - zero_point * size) * scale[source];
       sum = sum + part;
     }

@@ -28,13 +28,17 @@ constexpr int kMaxK = 65536;
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int divide_up(int x, int divisor) { return (x + divisor - 1) / divisor; }
 
-// A view of a packed weight; `group` is the number of k that share a scale (4 bit; the last group may be shorter).
+// A view of a packed weight, or of some of its panels; `group` is the number of k that share a scale (4 bit; the last
+// group may be shorter).
 struct PackedWeight {
-  const uint8_t* data;
   int n, k;
   int bits;
   int group;
   bool symmetric;  // 4 bit: every zero point is 8
+  const uint8_t* data;
+  const float* scales;
+  const uint8_t* zeros;  // null where absent
+  const void* sums;      // int32_t or float
 
   int panels() const { return divide_up(n, kPanel); }
   int groups() const { return bits == 8 ? 1 : divide_up(k, group); }
@@ -42,23 +46,48 @@ struct PackedWeight {
   int64_t panel_bytes() const {
     return bits == 8 ? int64_t(kPanel) * round_up(k, kQuad) : int64_t(kPanel) * round_up(k, kNibbleBlock) / 2;
   }
-  int64_t scale_offset() const { return panels() * panel_bytes(); }
-  int64_t zero_offset() const { return scale_offset() + int64_t(panels()) * groups() * kPanel * 4; }
-  int64_t sum_offset() const {
-    return zero_offset() + (bits == 8 || symmetric ? 0 : int64_t(panels()) * groups() * kPanel);
-  }
-  // What to allocate: with the bytes behind the last panel that a step of 64 k may read.
-  int64_t total_bytes() const { return sum_offset() + int64_t(panels()) * kPanel * 4 + (bits == 8 ? 64 * kPanel : 0); }
 
   const uint8_t* panel(int p) const { return data + p * panel_bytes(); }
-  const float* scale(int p, int g = 0) const {
-    return reinterpret_cast<const float*>(data + scale_offset()) + (int64_t(p) * groups() + g) * kPanel;
+  const float* scale(int p, int g = 0) const { return scales + (int64_t(p) * groups() + g) * kPanel; }
+  const uint8_t* zero(int p, int g) const { return zeros + (int64_t(p) * groups() + g) * kPanel; }
+  const int32_t* sum_i32(int p) const { return static_cast<const int32_t*>(sums) + int64_t(p) * kPanel; }
+  const float* sum_f32(int p) const { return static_cast<const float*>(sums) + int64_t(p) * kPanel; }
+
+  // `count` panels from panel `begin` on.
+  PackedWeight slice(int begin, int count) const {
+    PackedWeight part = *this;
+    part.n = count * kPanel;
+    part.data = panel(begin);
+    part.scales = scale(begin);
+    if (zeros) part.zeros = zero(begin, 0);
+    part.sums = static_cast<const char*>(sums) + int64_t(begin) * kPanel * 4;
+    return part;
   }
-  const uint8_t* zero(int p, int g) const { return data + zero_offset() + (int64_t(p) * groups() + g) * kPanel; }
-  const int32_t* sum_i32(int p) const {
-    return reinterpret_cast<const int32_t*>(data + sum_offset()) + int64_t(p) * kPanel;
-  }
-  const float* sum_f32(int p) const { return reinterpret_cast<const float*>(data + sum_offset()) + int64_t(p) * kPanel; }
 };
+
+// Where the parts of a whole packed weight lie, in bytes from its beginning.
+struct PackedLayout {
+  int64_t scales, zeros, sums;
+  int64_t bytes;  // what to allocate: with the bytes behind the last panel that a step of 64 k may read
+
+  explicit PackedLayout(const PackedWeight& shape) {
+    const int64_t values = int64_t(shape.panels()) * shape.groups() * kPanel;
+    const bool has_zeros = shape.bits == 4 && !shape.symmetric;
+    scales = shape.panels() * shape.panel_bytes();
+    zeros = scales + values * 4;
+    sums = zeros + (has_zeros ? values : 0);
+    bytes = sums + int64_t(shape.panels()) * kPanel * 4 + (shape.bits == 8 ? 64 * kPanel : 0);
+  }
+};
+
+// The view of a packed weight of this shape at `packed`.
+inline PackedWeight packed_weight(const uint8_t* packed, int n, int k, int bits, int group, bool symmetric) {
+  PackedWeight weight{n, k, bits, group, symmetric, packed, nullptr, nullptr, nullptr};
+  const PackedLayout layout(weight);
+  weight.scales = reinterpret_cast<const float*>(packed + layout.scales);
+  if (bits == 4 && !symmetric) weight.zeros = packed + layout.zeros;
+  weight.sums = packed + layout.sums;
+  return weight;
+}
 
 }  // namespace lepton

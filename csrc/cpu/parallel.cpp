@@ -27,6 +27,19 @@ void parallel_for(int count, int threads, const std::function<void(int)>& task) 
   for (int i = 0; i < count; ++i) task(i);
 }
 
+void parallel_team(int threads, const std::function<void(int, int)>& task) {
+  if (threads <= 1 || in_forked_child || registered != 0) {
+    task(0, 1);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  task(omp_get_thread_num(), omp_get_num_threads());
+}
+
+void team_barrier() {
+#pragma omp barrier
+}
+
 int default_threads() { return in_forked_child ? 1 : omp_get_max_threads(); }
 
 }  // namespace lepton

@@ -10,6 +10,13 @@ namespace lepton {
 // started (GNU OpenMP would hang there). Tasks are dealt out in order as threads become free. A task must not throw.
 void parallel_for(int count, int threads, const std::function<void(int)>& task);
 
+// Calls task(thread, team) once for every thread in [0, team), all at the same time, for tasks that wait for each other
+// by team_barrier(). team is `threads` or fewer; 1 in a forked child. A task must not throw.
+void parallel_team(int threads, const std::function<void(int thread, int team)>& task);
+
+// Inside a task of parallel_team: waits until every thread of the team is here.
+void team_barrier();
+
 // How many threads torch, or OMP_NUM_THREADS, wants.
 int default_threads();
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include <memory>
 #include <new>
@@ -19,6 +20,7 @@ class Scratch {
     }
     return memory_.get();
   }
+  float* floats(int64_t count) { return static_cast<float*>(get(size_t(count) * sizeof(float))); }
   void trim() {
     if (size_ > kKeepBytes) {
       memory_.reset();

@@ -3,5 +3,16 @@
 from lepton_kernels.nn.fused import FusedFeedForward, FusedResidualNorm
 from lepton_kernels.nn.quant_embedding import QuantEmbedding
 from lepton_kernels.nn.quant_linear import QuantLinear
+from lepton_kernels.nn.quant_recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNNCell
 
-__all__ = ["FusedFeedForward", "FusedResidualNorm", "QuantEmbedding", "QuantLinear"]
+__all__ = [
+    "FusedFeedForward",
+    "FusedResidualNorm",
+    "QuantEmbedding",
+    "QuantGRU",
+    "QuantGRUCell",
+    "QuantLSTM",
+    "QuantLSTMCell",
+    "QuantLinear",
+    "QuantRNNCell",
+]

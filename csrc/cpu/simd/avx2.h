@@ -69,9 +69,9 @@ LEPTON_INLINE F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) {
 }
 LEPTON_INLINE I32x16 round_i32(F32x16 v) { LEPTON_HALVES(I32x16, _mm256_cvtps_epi32(v.half[h])); }
 LEPTON_INLINE F32x16 to_f32(I32x16 v) { LEPTON_HALVES(F32x16, _mm256_cvtepi32_ps(v.half[h])); }
+LEPTON_INLINE F32x16 as_f32(I32x16 v) { LEPTON_HALVES(F32x16, _mm256_castsi256_ps(v.half[h])); }
 
 LEPTON_INLINE I32x16 as_i32(F32x16 v) { LEPTON_HALVES(I32x16, _mm256_castps_si256(v.half[h])); }
-LEPTON_INLINE F32x16 as_f32(I32x16 v) { LEPTON_HALVES(F32x16, _mm256_castsi256_ps(v.half[h])); }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_HALVES(I32x16, _mm256_set1_epi32(x)); }
 LEPTON_INLINE I32x16 load_i32(const void* p) {

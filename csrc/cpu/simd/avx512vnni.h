@@ -53,9 +53,9 @@ LEPTON_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)};
 LEPTON_INLINE F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 LEPTON_INLINE I32x16 round_i32(F32x16 x) { return {_mm512_cvtps_epi32(x.v)}; }
 LEPTON_INLINE F32x16 to_f32(I32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+LEPTON_INLINE F32x16 as_f32(I32x16 x) { return {_mm512_castsi512_ps(x.v)}; }
 
 LEPTON_INLINE I32x16 as_i32(F32x16 x) { return {_mm512_castps_si512(x.v)}; }
-LEPTON_INLINE F32x16 as_f32(I32x16 x) { return {_mm512_castsi512_ps(x.v)}; }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LEPTON_INLINE I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }

@@ -92,9 +92,9 @@ LEPTON_INLINE F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) { LEPTON_LANES(F32x16, 
 // 1.5 * 2^23 pushes the fraction out of the mantissa: the sum rounds to nearest even.
 LEPTON_INLINE I32x16 round_i32(F32x16 v) { LEPTON_LANES(I32x16, int32_t(bits_of(v.lane[i] + 0x1.8p23f)) - 0x4b400000); }
 LEPTON_INLINE F32x16 to_f32(I32x16 v) { LEPTON_LANES(F32x16, float(v.lane[i])); }
+LEPTON_INLINE F32x16 as_f32(I32x16 v) { LEPTON_LANES(F32x16, float_of(uint32_t(v.lane[i]))); }
 
 LEPTON_INLINE I32x16 as_i32(F32x16 v) { LEPTON_LANES(I32x16, int32_t(bits_of(v.lane[i]))); }
-LEPTON_INLINE F32x16 as_f32(I32x16 v) { LEPTON_LANES(F32x16, float_of(uint32_t(v.lane[i]))); }
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_LANES(I32x16, x); }
 LEPTON_INLINE I32x16 load_u8(const uint8_t* p) { LEPTON_LANES(I32x16, p[i]); }
