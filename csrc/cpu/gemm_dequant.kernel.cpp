@@ -12,7 +12,6 @@ namespace lepton::LEPTON_ISA {
 namespace {
 
 constexpr int kBlock = 256;           // k in the buffer: 256 x 16 floats = 16 KiB, half of a first-level cache
-constexpr int kPrefetchBytes = 4096;  // ahead of the weights of few rows, which are read once, at the speed of memory
 
 // Column k + i of a panel's word of 8 (4 bit) or 4 (8 bit) k.
 template <int bits, int i>

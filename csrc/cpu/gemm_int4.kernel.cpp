@@ -10,7 +10,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kPrefetchBytes = 4096;  // as in gemm_int8.kernel.cpp
 constexpr int kVectorPanels = 4;      // panels side by side for one row
 
 // The sums of both planes, or of the one there is, as a float.
@@ -44,13 +43,16 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
   for (int g = 0; g < groups; ++g) {
     const int left = weight.k - g * weight.group;
     const int blocks = divide_up(left < weight.group ? left : weight.group, kNibbleBlock);
+    // Past the end of a panel: of the panels that come next.
+    const int64_t place = int64_t(g) * weight.group * kPanel / 2 + kPrefetchBytes;
+    [[maybe_unused]] const int64_t ahead = kPrefetchBytes + (place < panel_bytes ? 0 : (panels - 1) * panel_bytes);
     I32x16 acc[panels][rows];
     unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
     for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         if constexpr (rows == planes) {
-          __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
-          __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes + 64);
+          __builtin_prefetch(w + p * panel_bytes + ahead);
+          __builtin_prefetch(w + p * panel_bytes + ahead + 64);
         }
         dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
@@ -193,7 +195,7 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
     const bool last_block = group == weight.groups();
     TilePrefetch prefetch{last_block ? weight.panel(panel + panels)
                                      : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
-                          weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
+                          weight.panel_bytes(), pairs == 1 ? 0 : divide_up(kTileRows / 2, pairs)};
     for (int pair = 0; pair < pairs; ++pair) {
       int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
       float* const y = y_sums + int64_t(pair) * kTilePairSums;

@@ -10,8 +10,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Bytes ahead of a single row's reads: one row uses each weight once, at the speed of memory.
-constexpr int kPrefetchBytes = 4096;
 constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
 
 // Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
@@ -41,12 +39,18 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
 
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
-  for (int q = 0; q < quads; ++q, a += kQuadBytes, w += kPanel * kQuad) {
-    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-      if constexpr (rows == planes) __builtin_prefetch(w + p * panel_bytes + kPrefetchBytes);
-      dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
-    });
-  }
+  const auto add_quads = [&](int count, [[maybe_unused]] int64_t ahead) LEPTON_LAMBDA_INLINE {
+    for (int q = 0; q < count; ++q, a += kQuadBytes, w += kPanel * kQuad) {
+      unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+        if constexpr (rows == planes) __builtin_prefetch(w + p * panel_bytes + ahead);
+        dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
+      });
+    }
+  };
+  constexpr int kAheadQuads = kPrefetchBytes / (kPanel * kQuad);
+  const int before_end = rows == planes && quads > kAheadQuads ? quads - kAheadQuads : 0;
+  add_quads(before_end, kPrefetchBytes);
+  add_quads(quads - before_end, kPrefetchBytes + (panels - 1) * panel_bytes);  // of the panels that come next
   alignas(64) int32_t sums[panels * rows][kPanel];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { store_i32(sums[i], acc[i / rows][i % rows]); });
   for (int p = 0; p < panels; ++p)
@@ -80,9 +84,10 @@ constexpr int kStepBlock = 16;
 template <int planes, int panels>
 LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
-  const int steps = divide_up(tile.weight.k, kTileStep), blocks = divide_up(steps, kStepBlock);
-  const int step_block = divide_up(steps, blocks);
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
+  const int steps = divide_up(tile.weight.k, kTileStep), blocks = once ? 1 : divide_up(steps, kStepBlock);
+  const int step_block = divide_up(steps, blocks);
   int32_t* const last_sums = static_cast<int32_t*>(tile.scratch);
   int32_t* const kept_sums = last_sums + kTilePairSums;
   for (int step = 0; step < steps; step += step_block) {
@@ -91,7 +96,7 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
     const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
     // Of this panel the next block, or the first one of those that come after it.
     TilePrefetch prefetch{last ? tile.weight.panel(panel + panels) : w + int64_t(count) * kTileBytes, panel_bytes,
-                          divide_up(kTileRows, pairs)};
+                          once ? 0 : divide_up(kTileRows, pairs)};
     for (int pair = 0; pair < pairs; ++pair) {
       const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
       int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;

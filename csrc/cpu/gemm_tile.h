@@ -11,6 +11,8 @@
 
 namespace lepton {
 
+// Bytes ahead of a single row's reads of weights: it uses each weight once, at the speed of memory.
+constexpr int kPrefetchBytes = 4096;
 constexpr int kDirectRows = 4;  // gemm_dequant uses weights from registers for so few rows, without a buffer
 
 // Y[rows, columns of the panels] = X @ dequant(W)^T + bias for panels [panel_begin, panel_end).
