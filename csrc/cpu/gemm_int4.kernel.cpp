@@ -148,31 +148,37 @@ LEPTON_INLINE int unpack_block(const PackedWeight& weight, int panel, int& group
   return count;
 }
 
-// y[16][16] += one group's exact sums, scaled.
-template <int planes, bool first>
-LEPTON_INLINE void add_group(const int32_t* sums, int plane_step, F32x16 scale, float* y) {
-#pragma GCC unroll 4
+// y[16][16] += the exact sums of groups that follow each other, scaled: sums[i] with scales[i].
+template <int planes>
+LEPTON_INLINE void add_groups(const int32_t* const* sums, const float* const* scales, int groups, int plane_step,
+                              bool first, float* y) {
   for (int i = 0; i < kTileSums; i += kPanel) {
-    const F32x16 sum = join_planes<planes>(load_i32(sums + i), load_i32(sums + plane_step + i));
-    const F32x16 before = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + i);
-    store_f32<Dtype::f32>(y + i, add(before, mul(sum, scale)));
+    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + i);
+    for (int g = 0; g < groups; ++g) {
+      const F32x16 part = join_planes<planes>(load_i32(sums[g] + i), load_i32(sums[g] + plane_step + i));
+      sum = add(sum, mul(part, load_f32<Dtype::f32>(scales[g])));
+    }
+    store_f32<Dtype::f32>(y + i, sum);
   }
 }
 
-// Adds the sums of a pair of row tiles, and after the last group writes Y.
+// Adds the groups that a block of pieces ended to the sums of a pair of row tiles, and after the last group writes Y.
 template <int planes, int panels>
-LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int group, const int32_t* sums, float* y) {
+LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int group, int groups,
+                            const int32_t (*group_sums)[kTilePairSums], float* y) {
   const PackedWeight& weight = tile.weight;
   for (int p = 0; p < panels; ++p) {
     const int panel = panel0 + p;
-    const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel, group));
     for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
       const int place = (row_tile * panels + p) * kTileSums;
-      if (group == 0)
-        add_group<planes, true>(sums + place, panels * kTileSums, scale, y + place);
-      else
-        add_group<planes, false>(sums + place, panels * kTileSums, scale, y + place);
-      if (group + 1 < weight.groups()) return;
+      const int32_t* sums[kStepBlock];
+      const float* scales[kStepBlock];
+      for (int g = 0; g < groups; ++g) {
+        sums[g] = group_sums[g] + place;
+        scales[g] = weight.scale(panel, group + g);
+      }
+      add_groups<planes>(sums, scales, groups, panels * kTileSums, group == 0, y + place);
+      if (group + groups < weight.groups()) return;
       const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(weight.sum_f32(panel));
       for (int r = 0; r < rows; ++r)
         write_output<planes>(tile, row + r, panel, load_f32<Dtype::f32>(y + place + r * kPanel), column_sum, bias);
@@ -183,35 +189,36 @@ LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int grou
 template <int planes, int panels>
 LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
   alignas(64) uint8_t block[panels][kStepBlock * kTileBytes];
+  alignas(64) int32_t group_sums[kStepBlock][kTilePairSums];
   Piece pieces[kStepBlock];
   const PackedWeight& weight = tile.weight;
   const int64_t tile_stride = kTileRows * tile.q.stride;
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
-  int32_t* const group_sums = static_cast<int32_t*>(tile.scratch);
-  int32_t* const kept_sums = group_sums + kTilePairSums;
+  int32_t* const kept_sums = static_cast<int32_t*>(tile.scratch);
   float* const y_sums = reinterpret_cast<float*>(kept_sums + int64_t(pairs) * kTilePairSums);
   for (int group = 0, step = 0; group < weight.groups();) {
-    const int count = unpack_block<panels>(weight, panel, group, step, block, pieces);
+    const int first_group = group, count = unpack_block<panels>(weight, panel, group, step, block, pieces);
     const bool last_block = group == weight.groups();
     TilePrefetch prefetch{last_block ? weight.panel(panel + panels)
                                      : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
                           weight.panel_bytes(), pairs == 1 ? 0 : divide_up(kTileRows / 2, pairs)};
     for (int pair = 0; pair < pairs; ++pair) {
       int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
-      float* const y = y_sums + int64_t(pair) * kTilePairSums;
       for (int i = 0; i < count; ++i) {
         const Piece& piece = pieces[i];
         const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
         const uint8_t* w = block[0] + piece.place * kTileBytes;
         const int32_t* const before = piece.first ? nullptr : kept;
-        int32_t* const sums = piece.last ? group_sums : kept;
+        int32_t* const sums = piece.last ? group_sums[i] : kept;
         if (2 * pair + 1 < row_tiles)
           tile_multiply<true, 2, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
         else
           tile_multiply<true, 1, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
         prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
-        if (piece.last) add_pair<planes, panels>(tile, pair, panel, piece.group, sums, y);
       }
+      if (group == first_group) continue;  // a block in the middle of a group
+      add_pair<planes, panels>(tile, pair, panel, first_group, group - first_group, group_sums,
+                               y_sums + int64_t(pair) * kTilePairSums);
     }
   }
 }

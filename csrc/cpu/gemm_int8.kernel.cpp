@@ -78,8 +78,8 @@ void multiply_vectors(const GemmTile& tile) {
 }
 
 #if defined(LEPTON_ISA_AMX)
-// Steps of k whose weights, of two panels, stay in the first-level cache (32 KiB) while all rows of the tile pass by.
-constexpr int kStepBlock = 16;
+// Steps of k whose weights, of two panels, stay in the first-level cache (16 KiB) while all rows of the tile pass by.
+constexpr int kStepBlock = 8;
 
 template <int planes, int panels>
 LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
