@@ -45,7 +45,7 @@ $(BENCHES): bench-%: .venv/.native .venv/.bench
 fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers (SECONDS a level)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz > /dev/null
-	for isa in generic ssse3 avx2 avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
+	for isa in generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
 
 # The architectures of csrc/cuda/CMakeLists.txt: 80 and 90a.
 cuda-check: ## Every CUDA source compiles without a warning and without a spilled register

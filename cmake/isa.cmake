@@ -1,12 +1,13 @@
 # lepton_kernel(target source [TO_AVX2]): compile one .kernel.cpp once per instruction-set level, each in its own
-# namespace. TO_AVX2: not at levels from AVX-512 on (LEPTON_KERNEL_TO_AVX2 in csrc/cpu/kernel_table.h).
+# namespace. TO_AVX2: not at levels with fast integer products (LEPTON_KERNEL_TO_AVX2 in csrc/cpu/kernel_table.h).
 # Flags are per object: nothing but .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be
 # compiled above the baseline.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(LEPTON_ISAS generic ssse3 avx2 avx512vnni avx512vbmi2 amx)
+  set(LEPTON_ISAS generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx)
   set(LEPTON_FLAGS_generic -march=x86-64)
   set(LEPTON_FLAGS_ssse3 -march=x86-64-v2)
   set(LEPTON_FLAGS_avx2 -march=x86-64-v3)
+  set(LEPTON_FLAGS_avxvnni -march=x86-64-v3 -mavxvnni)
   set(LEPTON_FLAGS_avx512vnni -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512)
   set(LEPTON_FLAGS_avx512vbmi2 ${LEPTON_FLAGS_avx512vnni} -mavx512vbmi -mavx512vbmi2 -mavx512bitalg -mavx512vpopcntdq)
   set(LEPTON_FLAGS_amx ${LEPTON_FLAGS_avx512vbmi2} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
@@ -19,7 +20,7 @@ function(lepton_kernel target source)
   cmake_parse_arguments(PARSE_ARGV 2 KERNEL "TO_AVX2" "" "")
   get_filename_component(name ${source} NAME_WE)
   foreach(isa IN LISTS LEPTON_ISAS)
-    if(KERNEL_TO_AVX2 AND isa MATCHES "avx512|amx")
+    if(KERNEL_TO_AVX2 AND isa MATCHES "avxvnni|avx512|amx")
       continue()
     endif()
     string(TOUPPER ${isa} ISA)

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Before anything imports the kernels: Triton's interpreter then runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-ISAS = ["generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2", "amx"]
+ISAS = ["generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lepton_kernels._runtime import C
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = {"libgomp.so.1", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
-LEVEL = re.compile(r"lepton::(avx2|avx512vnni|avx512vbmi2|amx)::")
+LEVEL = re.compile(r"lepton::(avx2|avxvnni|avx512vnni|avx512vbmi2|amx)::")
 
 
 def test_the_native_module_links_the_system_alone():

@@ -146,7 +146,7 @@ void bind_pack_int4(uintptr_t weight, int64_t row_bytes, uintptr_t scale, uintpt
 void bind_cpu(py::module_& module) {
   if (isa_unknown_name() != nullptr) {
     std::string names;
-    for (int i = 0; i < kIsaCount; ++i) names += std::string(i ? ", " : "") + isa_name(static_cast<Isa>(i));
+    for (const Isa isa : kIsas) names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
     throw py::value_error("LEPTON_MAX_ISA is '" + std::string(isa_unknown_name()) + "'; allowed: " + names);
   }
   module.attr("MAX_K") = kMaxK;

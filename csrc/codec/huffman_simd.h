@@ -17,8 +17,8 @@
 
 #if defined(__AVX512VBMI2__)
 #include "codec/huffman_vbmi2.h"
-#elif defined(LEPTON_ISA_GENERIC)
-#include "codec/huffman_generic.h"
-#else
+#elif defined(__SSSE3__)
 #include "codec/huffman_ssse3.h"
+#else
+#include "codec/huffman_generic.h"
 #endif

@@ -59,7 +59,7 @@ LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t 
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
   int i = 0;
-#if defined(LEPTON_ISA_AVX2) || defined(LEPTON_ISA_AVX512VNNI)
+#if defined(__AVX2__)
   const __m256i zero = _mm256_set1_epi8(static_cast<char>(symbol0)), one = _mm256_set1_epi8(static_cast<char>(symbol1));
   const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));

@@ -10,7 +10,9 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kVectorPanels = 4;      // panels side by side for one row
+// Panels side by side for one row, as in gemm_int8.kernel.cpp.
+template <int planes>
+constexpr int kVectorPanels = kDirectSums / planes < 4 ? kDirectSums / planes : 4;
 
 // The sums of both planes, or of the one there is, as a float.
 template <int planes>
@@ -91,7 +93,7 @@ template <int planes>
 void multiply_vectors(const GemmTile& tile) {
   int panel = tile.panel_begin;
   if (tile.rows == 1) {
-    panel = multiply_panels<planes, planes, kVectorPanels>(tile, panel);
+    panel = multiply_panels<planes, planes, kVectorPanels<planes>>(tile, panel);
     multiply_panels<planes, planes, 1>(tile, panel);
     return;
   }

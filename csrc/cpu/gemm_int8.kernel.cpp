@@ -10,7 +10,9 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kVectorPanels = 4;  // panels side by side for one row: enough sums in flight, four streams of weights
+// Panels side by side for one row: enough sums in flight, at most four streams of weights.
+template <int planes>
+constexpr int kVectorPanels = kDirectSums / planes < 4 ? kDirectSums / planes : 4;
 
 // Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
 template <int planes>
@@ -69,7 +71,7 @@ template <int planes>
 void multiply_vectors(const GemmTile& tile) {
   int panel = tile.panel_begin;
   if (tile.rows == 1) {
-    panel = multiply_panels<planes, planes, kVectorPanels>(tile, panel);
+    panel = multiply_panels<planes, planes, kVectorPanels<planes>>(tile, panel);
     multiply_panels<planes, planes, 1>(tile, panel);
     return;
   }

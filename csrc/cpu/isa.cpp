@@ -7,16 +7,22 @@
 #include <unistd.h>
 #endif
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace lepton {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2", "amx"};
+constexpr const char* kNames[] = {"generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"};
 
 #if defined(__x86_64__)
+bool has_avx_vnni() {
+  constexpr unsigned kAvxVnni = 1u << 4;  // CPUID 7.1, EAX
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
+}
+
 // Tile registers: the processor has them, the system saves them, and it grants them to this process (to threads that
 // exist and to those that come).
 bool has_tiles() {
@@ -33,29 +39,44 @@ bool has_tiles() {
   return false;
 #endif
 }
+
+// __builtin_cpu_supports looks at CPUID and at XCR0, so a level whose registers the system does not save is not chosen.
+#define LEPTON_HAS __builtin_cpu_supports
+bool has(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
+      return true;
+    case Isa::ssse3:
+      return LEPTON_HAS("ssse3") && LEPTON_HAS("sse4.2") && LEPTON_HAS("popcnt");
+    case Isa::avx2:
+      return has(Isa::ssse3) && LEPTON_HAS("avx2") && LEPTON_HAS("fma") && LEPTON_HAS("bmi2") && LEPTON_HAS("f16c") &&
+             LEPTON_HAS("lzcnt");
+    case Isa::avxvnni:
+      return has(Isa::avx2) && has_avx_vnni();
+    case Isa::avx512vnni:
+      return has(Isa::avx2) && LEPTON_HAS("avx512f") && LEPTON_HAS("avx512bw") && LEPTON_HAS("avx512cd") &&
+             LEPTON_HAS("avx512dq") && LEPTON_HAS("avx512vl") && LEPTON_HAS("avx512vnni");
+    case Isa::avx512vbmi2:
+      return has(Isa::avx512vnni) && LEPTON_HAS("avx512vbmi") && LEPTON_HAS("avx512vbmi2") &&
+             LEPTON_HAS("avx512bitalg") && LEPTON_HAS("avx512vpopcntdq");
+    case Isa::amx:
+      return has(Isa::avx512vbmi2) && has_tiles();
+  }
+  return false;
+}
+#undef LEPTON_HAS
+#else
+bool has(Isa isa) { return isa == Isa::generic; }
 #endif
 
-Isa detect() {
+Isa best_up_to(Isa cap) {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports looks at CPUID and at XCR0, so a level whose registers the system does not save is not
-  // chosen.
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("ssse3") || !__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt"))
-    return Isa::generic;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2") ||
-      !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("lzcnt"))
-    return Isa::ssse3;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni"))
-    return Isa::avx2;
-  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2") ||
-      !__builtin_cpu_supports("avx512bitalg") || !__builtin_cpu_supports("avx512vpopcntdq"))
-    return Isa::avx512vnni;
-  return has_tiles() ? Isa::amx : Isa::avx512vbmi2;
-#else
-  return Isa::generic;
 #endif
+  Isa best = Isa::generic;
+  for (const Isa isa : kIsas)
+    if (isa <= cap && has(isa)) best = isa;
+  return best;
 }
 
 struct Choice {
@@ -69,7 +90,7 @@ Choice choose() {
   if (name == nullptr || *name == '\0') return {machine, nullptr};
   Isa cap;
   if (!isa_from_name(name, &cap)) return {machine, name};
-  return {std::min(machine, cap), nullptr};
+  return {best_up_to(cap), nullptr};
 }
 
 const Choice& choice() {
@@ -82,9 +103,9 @@ const Choice& choice() {
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 bool isa_from_name(const char* name, Isa* isa) {
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) {
-      *isa = static_cast<Isa>(i);
+  for (const Isa level : kIsas) {
+    if (std::strcmp(name, isa_name(level)) == 0) {
+      *isa = level;
       return true;
     }
   }
@@ -92,7 +113,7 @@ bool isa_from_name(const char* name, Isa* isa) {
 }
 
 Isa isa_of_machine() {
-  static const Isa machine = detect();
+  static const Isa machine = best_up_to(kIsas[std::size(kIsas) - 1]);
   return machine;
 }
 

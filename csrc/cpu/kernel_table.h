@@ -14,62 +14,35 @@
 
 #define LEPTON_INLINE inline __attribute__((always_inline))
 
+// Each(isa, name, Function) for every level that a kernel is compiled for: LEPTON_ISAS in cmake/isa.cmake.
 #if defined(__x86_64__)
-#define LEPTON_KERNEL(name, Function)              \
-  namespace generic {                              \
-  Function name;                                   \
-  }                                                \
-  namespace ssse3 {                                \
-  Function name;                                   \
-  }                                                \
-  namespace avx2 {                                 \
-  Function name;                                   \
-  }                                                \
-  namespace avx512vnni {                           \
-  Function name;                                   \
-  }                                                \
-  namespace avx512vbmi2 {                          \
-  Function name;                                   \
-  }                                                \
-  namespace amx {                                  \
-  Function name;                                   \
-  }                                                \
+#define LEPTON_LEVELS_TO_AVX2(Each, name, Function) \
+  Each(generic, name, Function) Each(ssse3, name, Function) Each(avx2, name, Function)
+#define LEPTON_LEVELS(Each, name, Function)   \
+  LEPTON_LEVELS_TO_AVX2(Each, name, Function) \
+  Each(avxvnni, name, Function) Each(avx512vnni, name, Function) Each(avx512vbmi2, name, Function) Each(amx, name, Function)
+#else
+#define LEPTON_LEVELS_TO_AVX2(Each, name, Function) Each(generic, name, Function)
+#define LEPTON_LEVELS(Each, name, Function) Each(generic, name, Function)
+#endif
+
+#define LEPTON_DECLARE(isa, name, Function) \
+  namespace isa {                           \
+  Function name;                            \
+  }
+#define LEPTON_RETURN_CASE(level, name, Function) \
+  case Isa::level:                                \
+    return level::name;
+#define LEPTON_KERNEL_OF(Levels, name, Function)   \
+  Levels(LEPTON_DECLARE, name, Function)           \
   static inline Function* select_##name(Isa isa) { \
     switch (isa) {                                 \
-      case Isa::generic:                           \
+      Levels(LEPTON_RETURN_CASE, name, Function)   \
+      default:                                     \
         return generic::name;                      \
-      case Isa::ssse3:                             \
-        return ssse3::name;                        \
-      case Isa::avx2:                              \
-        return avx2::name;                         \
-      case Isa::avx512vnni:                        \
-        return avx512vnni::name;                   \
-      case Isa::avx512vbmi2:                       \
-        return avx512vbmi2::name;                  \
-      case Isa::amx:                               \
-        return amx::name;                          \
     }                                              \
-    return generic::name;                          \
   }
-// For a kernel that levels from AVX-512 on do without; compiled up to avx2.
-#define LEPTON_KERNEL_TO_AVX2(name, Function)                                             \
-  namespace generic {                                                                     \
-  Function name;                                                                          \
-  }                                                                                       \
-  namespace ssse3 {                                                                       \
-  Function name;                                                                          \
-  }                                                                                       \
-  namespace avx2 {                                                                        \
-  Function name;                                                                          \
-  }                                                                                       \
-  static inline Function* select_##name(Isa isa) {                                        \
-    return isa == Isa::generic ? generic::name : isa == Isa::ssse3 ? ssse3::name : avx2::name; \
-  }
-#else
-#define LEPTON_KERNEL_TO_AVX2(name, Function) LEPTON_KERNEL(name, Function)
-#define LEPTON_KERNEL(name, Function) \
-  namespace generic {                 \
-  Function name;                      \
-  }                                   \
-  static inline Function* select_##name(Isa) { return generic::name; }
-#endif
+
+#define LEPTON_KERNEL(name, Function) LEPTON_KERNEL_OF(LEPTON_LEVELS, name, Function)
+// For a kernel that levels with fast integer products do without (splits_activations in quantize_rows.h).
+#define LEPTON_KERNEL_TO_AVX2(name, Function) LEPTON_KERNEL_OF(LEPTON_LEVELS_TO_AVX2, name, Function)

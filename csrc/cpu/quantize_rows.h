@@ -28,7 +28,7 @@ constexpr int kTileStep = 64;  // k in a row of a tile
 constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
 
 // Levels where w8a16 and w4a16 split 16-bit integers into two integer products; elsewhere float products are as fast.
-constexpr bool splits_activations(Isa isa) { return isa >= Isa::avx512vnni; }
+constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 
 // Quantized rows in memory. A row has one plane or two (high bytes, low bytes), which count as rows of their own.
 struct QuantizedRows {

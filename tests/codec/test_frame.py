@@ -12,15 +12,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import decoder
+from conftest import ISAS
 
 from lepton_kernels import codec
 from lepton_kernels.codec import CorruptDataError, huffman, lzw
 from lepton_kernels.codec.frame import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden"
-ISAS = ["generic", "ssse3", "avx2", "avx512vnni", "avx512vbmi2", "amx"]
 
 
 def samples(size: int, seed: int = 0) -> dict[str, bytes]:

@@ -6,11 +6,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// vpmaddubsw would saturate on uint8 x int8 (255 * 127 * 2 > 32767), so int8 products run as int16 by vpmaddwd, which
-// is exact: a quad k0 k1 k2 k3 of activations is stored as the int16 pairs (k0, k2) and (k1, k3).
-constexpr int kQuadBytes = 8;
-constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
-constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
 constexpr int kFloatRows = 6;
 constexpr int kDirectSums = 4;  // 8 of 16 registers
 
@@ -127,16 +122,24 @@ LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
     _mm_storeu_si128(bytes, _mm_xor_si128(_mm_loadu_si128(bytes), flip));
   }
 }
-LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
-  const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm256_shuffle_epi8(pack_u16(v), _mm256_broadcastsi128_si256(even_odd)));
-}
 
 LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
   int32_t quad;
   __builtin_memcpy(&quad, a, 4);
   return _mm256_set1_epi32(quad);
+}
+
+#if !defined(__AVXVNNI__)  // simd/avxvnni.h has its own products
+// vpmaddubsw would saturate on uint8 x int8 (255 * 127 * 2 > 32767), so int8 products run as int16 by vpmaddwd, which
+// is exact: a quad k0 k1 k2 k3 of activations is stored as the int16 pairs (k0, k2) and (k1, k3).
+constexpr int kQuadBytes = 8;
+constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
+constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
+
+LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
+  const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_shuffle_epi8(pack_u16(v), _mm256_broadcastsi128_si256(even_odd)));
 }
 
 // acc += a0 * w0 + a1 * w1 of int16 pairs. The sums fill the registers: left to itself gcc computes products ahead,
@@ -179,6 +182,7 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
     });
   });
 }
+#endif
 
 }  // namespace
 }  // namespace lepton::LEPTON_ISA

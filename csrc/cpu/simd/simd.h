@@ -14,7 +14,7 @@
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //
 // kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers,
-// kDirectSums the sums of gemm_dequant for few rows. amx.h adds tile registers to the operations of avx512vnni.h.
+// kDirectSums the sums for one row, and of gemm_dequant for few. amx.h adds tile registers to the operations of avx512vnni.h.
 #pragma once
 
 #include <stddef.h>
@@ -28,6 +28,8 @@
 #include "cpu/simd/amx.h"
 #elif defined(__AVX512VNNI__)
 #include "cpu/simd/avx512vnni.h"
+#elif defined(LEPTON_ISA_AVXVNNI)
+#include "cpu/simd/avxvnni.h"
 #elif defined(LEPTON_ISA_AVX2)
 #include "cpu/simd/avx2.h"
 #else
