@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-codec bench-pipeline bench-prune bench-recurrent
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) fuzz cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) fuzz arm-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -46,6 +46,29 @@ fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DLEPTON_FUZZ=ON > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz > /dev/null
 	for isa in generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
+
+# The same program here and, emulated, on AArch64, with the dot product and without (there neondot falls back to generic):
+# it compares every level with scalar code, and what it prints must be equal. Debian's packages are in ARM_PACKAGES.
+ARM_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
+ARM := --toolchain cmake/aarch64.cmake
+EMULATE := qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu
+arm-check: .venv/.deps ## Kernels and codec on AArch64 (emulated) give the bits that they give here
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64-static; do \
+	  command -v $$program > /dev/null || { echo "no $$program: apt-get install $(ARM_PACKAGES)" >&2; exit 1; }; \
+	done
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; for flags in "build/check" "build/check-arm $(ARM)"; do \
+	  cmake -S . -B $$flags -G Ninja -DLEPTON_CHECK=ON -DLEPTON_WERROR=ON > /dev/null; \
+	  cmake --build $${flags%% *} -- --quiet; \
+	done
+	{ for isa in generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/check/check_kernels; done; \
+	  for isa in generic neondot; do LEPTON_MAX_ISA=$$isa $(EMULATE) max build/check-arm/check_kernels; done; \
+	  LEPTON_MAX_ISA=neondot $(EMULATE) cortex-a72 build/check-arm/check_kernels; } | tee build/check/levels
+	@test "$$(tail -2 build/check/levels | cut -d ' ' -f 1 | tr '\n' ' ')" = "neondot generic " || \
+	  { echo "the dot product was not detected as the processor has it" >&2; exit 1; }
+	for digest in exact codec split; do \
+	  test "$$(grep -o " $$digest=[0-9a-f]\{16\}" build/check/levels | sort -u | wc -l)" = 1 || \
+	    { echo "levels differ: $$digest" >&2; exit 1; }; \
+	done
 
 # The architectures of csrc/cuda/CMakeLists.txt: 80 and 90a.
 cuda-check: ## Every CUDA source compiles without a warning and without a spilled register

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ if not torch.cuda.is_available():
     # Before anything imports the kernels: Triton's interpreter then runs them on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-ISAS = ["generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"]
+X86_ISAS = ["generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"]
+ISAS = ["generic", "neondot"] if platform.machine() in ("aarch64", "arm64") else X86_ISAS
 
 
 @pytest.fixture

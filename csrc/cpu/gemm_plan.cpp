@@ -54,7 +54,7 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   }
   QuantizedRows rows{};
   rows.planes = args.quantize_activations ? 1 : 2;
-  rows.biased = args.weight.bits == 4;
+  rows.biased = args.weight.bits == 4 || signed_quads(isa);
   if (isa == Isa::amx && m * rows.planes >= kTileLeastRows)
     rows.layout = RowLayout::tiles;
   else

@@ -5,6 +5,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include <cstdlib>
@@ -14,7 +17,7 @@
 namespace lepton {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"};
+constexpr const char* kNames[] = {"generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx", "neondot"};
 
 #if defined(__x86_64__)
 bool has_avx_vnni() {
@@ -61,10 +64,14 @@ bool has(Isa isa) {
              LEPTON_HAS("avx512bitalg") && LEPTON_HAS("avx512vpopcntdq");
     case Isa::amx:
       return has(Isa::avx512vbmi2) && has_tiles();
+    case Isa::neondot:
+      return false;
   }
   return false;
 }
 #undef LEPTON_HAS
+#elif defined(__aarch64__) && defined(__linux__)
+bool has(Isa isa) { return isa == Isa::generic || (isa == Isa::neondot && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP)); }
 #else
 bool has(Isa isa) { return isa == Isa::generic; }
 #endif

@@ -14,12 +14,15 @@ enum class Isa : int {
   avx512vnni,   // x86-64-v4 (AVX-512 F, BW, CD, DQ, VL) and VNNI
   avx512vbmi2,  // the same and VBMI, VBMI2, BITALG, VPOPCNTDQ (Ice Lake, Zen 4)
   amx,          // the same and BF16, and tile registers: AMX-TILE, AMX-INT8, AMX-BF16 (Sapphire Rapids)
+  neondot,      // AArch64 with the dot product (Armv8.2: Cortex-A55 and -A76, Neoverse N1)
 };
 
 // This architecture's levels, in order.
 #if defined(__x86_64__)
 constexpr Isa kIsas[] = {Isa::generic,    Isa::ssse3,       Isa::avx2, Isa::avxvnni,
                          Isa::avx512vnni, Isa::avx512vbmi2, Isa::amx};
+#elif defined(__aarch64__)
+constexpr Isa kIsas[] = {Isa::generic, Isa::neondot};
 #else
 constexpr Isa kIsas[] = {Isa::generic};
 #endif

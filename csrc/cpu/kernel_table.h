@@ -18,12 +18,17 @@
 #if defined(__x86_64__)
 #define LEPTON_LEVELS_TO_AVX2(Each, name, Function) \
   Each(generic, name, Function) Each(ssse3, name, Function) Each(avx2, name, Function)
-#define LEPTON_LEVELS(Each, name, Function)   \
-  LEPTON_LEVELS_TO_AVX2(Each, name, Function) \
-  Each(avxvnni, name, Function) Each(avx512vnni, name, Function) Each(avx512vbmi2, name, Function) Each(amx, name, Function)
+#define LEPTON_LEVELS(Each, name, Function)                                                        \
+  LEPTON_LEVELS_TO_AVX2(Each, name, Function)                                                      \
+  Each(avxvnni, name, Function) Each(avx512vnni, name, Function) Each(avx512vbmi2, name, Function) \
+      Each(amx, name, Function)
 #else
 #define LEPTON_LEVELS_TO_AVX2(Each, name, Function) Each(generic, name, Function)
+#if defined(__aarch64__)
+#define LEPTON_LEVELS(Each, name, Function) Each(generic, name, Function) Each(neondot, name, Function)
+#else
 #define LEPTON_LEVELS(Each, name, Function) Each(generic, name, Function)
+#endif
 #endif
 
 #define LEPTON_DECLARE(isa, name, Function) \
@@ -33,6 +38,7 @@
 #define LEPTON_RETURN_CASE(level, name, Function) \
   case Isa::level:                                \
     return level::name;
+// clang-format off
 #define LEPTON_KERNEL_OF(Levels, name, Function)   \
   Levels(LEPTON_DECLARE, name, Function)           \
   static inline Function* select_##name(Isa isa) { \
@@ -42,6 +48,7 @@
         return generic::name;                      \
     }                                              \
   }
+// clang-format on
 
 #define LEPTON_KERNEL(name, Function) LEPTON_KERNEL_OF(LEPTON_LEVELS, name, Function)
 // For a kernel that levels with fast integer products do without (splits_activations in quantize_rows.h).

@@ -27,6 +27,9 @@ constexpr int kTileStep = 64;  // k in a row of a tile
 // Bytes of four activations in RowLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
 constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
 
+// Levels whose int8 products take activations as int8: there all quantized rows are biased.
+constexpr bool signed_quads(Isa isa) { return isa == Isa::neondot; }
+
 // Levels where w8a16 and w4a16 split 16-bit integers into two integer products; elsewhere float products are as fast.
 constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 
@@ -34,7 +37,8 @@ constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 struct QuantizedRows {
   RowLayout layout;
   int planes;
-  bool biased;  // every byte is less by 128, as int8 (w4a8, w4a16): the zero points and sums are those of such bytes
+  // Every byte is less by 128, as int8 (w4a8, w4a16; signed_quads): the zero points and sums are those of such bytes.
+  bool biased;
   uint8_t* q;
   int64_t stride;  // bytes from a row to the next; a multiple of 64. What lies between a row's end and the stride is 0
   float* scale;    // [rows]

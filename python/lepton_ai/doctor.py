@@ -67,7 +67,7 @@ def diagnose() -> dict[str, Any]:
     elif backends["isa"] in ("generic", "ssse3"):
         problem(
             f"the best kernels for this processor are {backends['isa']}: slower than float",
-            "use a processor with AVX2, or check that the virtual machine passes it through",
+            "use a processor with AVX2 (Arm: the dot product), or check that the virtual machine passes it through",
         )
     processors = min(affinity, quota or affinity)
     if torch.get_num_threads() > processors:
