@@ -1,8 +1,9 @@
 """Writes one part of one machine's section of RESULTS.md: python bench/report.py PART JSON... [--results FILE]
 
-PART: gemm, codec, pipeline, prune or recurrent. JSON: files of pytest-benchmark and of roof.py, in any number; of a limit measured
-more than once the best counts. A section stands between two marker lines that hold the CPU's name, a part in it between
-two of its own; each replaces its predecessor, and all other text stays as it is. With --print nothing is written.
+PART: gemm, codec, pipeline, prune or recurrent. JSON: files of pytest-benchmark and of roof.py, in any number; of a
+limit measured more than once the best counts. A section stands between two marker lines that hold the CPU's name, a
+part in it between two of its own; each replaces its predecessor, and all other text stays as it is. With --print
+nothing is written.
 """
 
 import argparse

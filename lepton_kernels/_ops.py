@@ -80,9 +80,7 @@ def check_int4(
     check_input(x, x.shape[-1])
     k = x.shape[-1]
     if -(-k // 8) != words:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}")
     groups = 1 if group_size == -1 else -(-k // group_size)
     for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
         if tensor is not None and tuple(tensor.shape) != (n, groups):
@@ -145,9 +143,9 @@ def _gemm_int8_fake(x, weight_packed, weight_scale, bias, quantize_activations, 
 
 
 @torch.library.register_fake("lepton::gemm_int4")
-def _gemm_int4_fake(
+def _gemm_int4_fake(  # type: ignore[no-untyped-def]
     x, weight_packed, weight_scale, weight_zero_point, bias, group_size, quantize_activations, activation="none"
-):  # type: ignore[no-untyped-def]
+):
     check_int4(x, weight_packed, weight_scale, weight_zero_point, bias, group_size)
     check_activation(activation)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])

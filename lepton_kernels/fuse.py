@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _SIBLINGS = (
     ("q", "k", "v"),
     ("gate_proj", "up_proj"),
 )
-# Relative, of a fused part to what it replaces: room for a value on a rounding boundary, and for roundings of half types.
+# Relative, of a fused part to what it replaces: room for a value on a rounding boundary, and for half types.
 _TOLERANCE, _ROUNDINGS = 1e-3, 4
 
 
@@ -32,7 +33,8 @@ class FuseReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
     def __str__(self) -> str:
-        width = max([len(name) for name, *_ in [*self.rows, *self.skipped]] + [6])
+        names = [name for name, _, _ in self.rows] + [name for name, _ in self.skipped]
+        width = max(len(name) for name in [*names, "module"])
         lines = [f"{'module':{width}}  layers  fused as"]
         lines += [f"{name:{width}}  {layers:6}  {what}" for name, what, layers in self.rows]
         lines += [f"{name:{width}}  {'':6}  skipped: {reason}" for name, reason in self.skipped]
@@ -59,8 +61,8 @@ def fuse_(model: nn.Module) -> FuseReport:
     if not report.rows:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report.skipped)
         raise ValueError(
-            f"fuse_: nothing to fuse in {type(model).__name__} ({reasons or 'no pattern found'}); allowed: a model whose "
-            "layers quantize_ has replaced, with activations in an nn.Sequential, siblings of one input or BERT-like blocks"
+            f"fuse_: nothing to fuse in {type(model).__name__} ({reasons or 'no pattern found'}); allowed: a model "
+            "with layers from quantize_, and activations in an nn.Sequential, siblings of one input or BERT-like blocks"
         )
     return report
 
@@ -71,7 +73,7 @@ def _fuse_sequences(model: nn.Module, report: FuseReport) -> None:
         if type(sequence) is not nn.Sequential:
             continue
         children = list(sequence.named_children())
-        for (name, layer), (place, after) in zip(children, children[1:], strict=False):
+        for (name, layer), (place, after) in pairwise(children):
             if not isinstance(layer, QuantLinear) or layer.activation != "none" or isinstance(after, QuantLinear):
                 continue
             activation = activation_name(after) if not list(after.parameters()) else None
@@ -166,10 +168,10 @@ def _fuse_feed_forward(parent: Any, expand: QuantLinear, parts: tuple[QuantLinea
 def _share_inputs(model: nn.Module, report: FuseReport) -> None:
     for prefix, parent in model.named_modules():
         for names in _SIBLINGS:
-            layers = [getattr(parent, name, None) for name in names]
-            if not all(isinstance(layer, QuantLinear) and layer._shared is None for layer in layers):
+            candidates = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in candidates if isinstance(layer, QuantLinear) and layer._shared is None]
+            if len(layers) < len(names):
                 continue
-            first, *rest = layers
             kinds = {(x.in_features, x.scheme, x.bias is None, x.activation, x.weight_packed.device) for x in layers}
             if len(kinds) == 1:
                 SharedInput(layers)

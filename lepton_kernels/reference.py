@@ -110,7 +110,7 @@ def gemm_int8(
     quantize_activations: bool,
     activation: str = "none",
 ) -> Tensor:
-    """Y[..., n] = activation(X[..., k] @ W[n, k]^T + bias), with W = weight_packed int8 * weight_scale; Y has x's dtype."""
+    """Y[..., n] = activation(X[..., k] @ W[n, k]^T + bias), W = weight_packed int8 * weight_scale; Y has x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     if not quantize_activations:
         weight = weight_packed.to(torch.float64)

@@ -159,7 +159,6 @@ def gemm_int4(
     return y
 
 
-
 def _column_sums_int4(weight: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int) -> Tensor:
     """f32 [n]: the sum of each output's dequantized weights."""
     values = reference.unpack_int4(weight, k).to(torch.int32)

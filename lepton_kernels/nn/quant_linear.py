@@ -4,7 +4,7 @@ Y[..., out_features] = activation(X[..., in_features] @ dequantize(W)^T + bias),
 device-neutral layout (docs/formats.md) and keep their dtypes through .to(dtype), .half() and .float().
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ def _trains_bias(layer: nn.Module) -> bool:
 class SharedInput:
     """Layers that are given the same tensor, one after the other: one product for all of them (fuse_).
 
-    The first call computes all outputs; the others take theirs. Layers that turn out not to share their input go back to
-    products of their own.
+    The first call computes all outputs; the others take theirs. Layers that turn out not to share their input go back
+    to products of their own.
     """
 
     _ENOUGH_MISSES = 2
@@ -77,26 +77,28 @@ class SharedInput:
             layer._shared = None
 
     def _tiles(self) -> tuple[cpu.Packed, Tensor | None]:
-        sources = [(t, version(t)) for layer in self._layers for t in (layer.weight_packed, layer.bias) if t is not None]
+        tensors = [t for layer in self._layers for t in (layer.weight_packed, layer.bias) if t is not None]
+        sources = tuple((tensor, version(tensor)) for tensor in tensors)
         known = self._packed
         if known is not None and all(
-            tensor is before and seen == then
-            for (tensor, seen), (before, then) in zip(sources, known[0], strict=True)
+            tensor is before and seen == then for (tensor, seen), (before, then) in zip(sources, known[0], strict=True)
         ):
             return known[1], known[2]
 
-        def joined(name: str) -> Tensor | None:
-            parts = [getattr(layer, name) for layer in self._layers]
-            return None if parts[0] is None else torch.cat([part.detach() for part in parts])
+        def joined(parts: Iterable[Tensor | None]) -> Tensor | None:
+            present = [part.detach() for part in parts if part is not None]
+            return torch.cat(present) if present else None
 
-        weight, scale, zero, bias = (joined(n) for n in ("weight_packed", "weight_scale", "weight_zero_point", "bias"))
-        assert weight is not None and scale is not None
+        weight = torch.cat([layer.weight_packed for layer in self._layers])
+        scale = torch.cat([layer.weight_scale for layer in self._layers])
+        bias = joined(layer.bias for layer in self._layers)
         first = self._layers[0]
         if first.scheme.weight_bits == 8:
             packed = cpu.make_int8(weight, scale)
         else:
+            zero = joined(layer.weight_zero_point for layer in self._layers)
             packed = cpu.make_int4(weight, scale, zero, first.in_features, first.scheme.group_size)
-        self._packed = (tuple(sources), packed, bias)
+        self._packed = (sources, packed, bias)
         return packed, bias
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,7 +219,7 @@ class QuantLinear(nn.Module):
     def dequantize(self) -> nn.Linear:
         """An nn.Linear in float32 with the dequantized weights. Raises ValueError where an activation is part of it."""
         if self.activation != "none":
-            raise ValueError(f"dequantize: activation is {self.activation!r}; allowed: 'none', which nn.Linear can hold")
+            raise ValueError(f"dequantize: activation is {self.activation!r}; allowed: 'none', as nn.Linear has none")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight)
         if self.bias is not None:
@@ -226,9 +228,10 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         group = f", group_size={self.scheme.group_size}" if self.scheme.weight_bits == 4 else ""
+        activation = f", activation={self.activation}" if self.activation != "none" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme.name}{group}" + (f", activation={self.activation}" if self.activation != "none" else "")
+            f"scheme={self.scheme.name}{group}{activation}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":

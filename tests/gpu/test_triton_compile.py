@@ -56,7 +56,8 @@ for architecture in (80, 90):
             config = backend.choose(m, operand)
             extra = dict(row_scale_ptr="*fp32", row_zero_ptr="*i32") if integer else {}
             absent = {} if integer else dict(row_scale_ptr=None, row_zero_ptr=None)
-            tile = dict(INTEGER=integer, ACTIVATION="gelu" if m == 64 else "none", BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
+            tile = dict(INTEGER=integer, ACTIVATION="gelu" if m == 64 else "none",
+                        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
             shared = dict(x_ptr="*i8" if integer else "*bf16", bias_ptr="*fp32", y_ptr="*bf16", **extra)
             results[f"gemm_int8 {'w8a8' if integer else 'w8a16'} m={m} sm_{architecture}"] = compiled(
                 kernels.gemm_int8,
