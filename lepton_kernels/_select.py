@@ -21,7 +21,9 @@ def matches(selector: Selector, name: str, module: nn.Module) -> bool:
 def sites_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     """(parent, attribute, full name, module) of every submodule, shared ones at each place."""
     for prefix, parent in model.named_modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in parent._modules.items():  # named_children leaves out a second place
+            if child is None:
+                continue
             yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
 
 

@@ -36,7 +36,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     """What each quantized module is, by name, so that load can build it without the weights."""
     out: dict[str, Any] = {}
     parts: set[nn.Module] = set()  # of recurrent layers, which are built with them
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if type(module).__name__ in _RECURRENT and isinstance(module, _RECURRENT[type(module).__name__][0]):
             out[name] = {"kind": type(module).__name__}
             parts.update(module.children())

@@ -250,3 +250,17 @@ def test_quantize_dynamic_keeps_torchs_signature():
         lk.quantize_dynamic(model, {nn.Conv2d})
     with pytest.raises(ValueError, match=r"nothing to quantize in Sequential: it holds none of nn.LSTM"):
         lk.quantize_dynamic(model, {nn.LSTM})
+
+
+def test_a_layer_that_stands_twice_in_one_parent(tmp_path):
+    layer = nn.Linear(40, 40)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    skeleton = copy.deepcopy(model)
+    lk.quantize_(model, "w8a8")
+    assert type(model[0]) is lk.nn.QuantLinear
+    assert model[2] is model[0]
+    lk.save(model, tmp_path / "a.safetensors")
+    lk.load(tmp_path / "a.safetensors", skeleton)
+    x = torch.randn(3, 40)
+    assert skeleton[2] is skeleton[0]
+    assert torch.equal(skeleton(x), model(x))
