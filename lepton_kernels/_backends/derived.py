@@ -36,7 +36,9 @@ class Derived(Generic[T]):
         ):
             return entry.value
         value = make()
-        for old in [k for k, e in self._entries.items() if any(storage.expired() for storage, _ in e.sources)]:
-            del self._entries[old]
+        # Of a list, and without an error where it is gone: other threads add and remove entries meanwhile.
+        for old, entry in list(self._entries.items()):
+            if any(storage.expired() for storage, _ in entry.sources):
+                self._entries.pop(old, None)
         self._entries[key] = _Entry(value, tuple((StorageWeakRef(t.untyped_storage()), version(t)) for t in sources))
         return value
