@@ -4,6 +4,7 @@ Y[..., out_features] = activation(X[..., in_features] @ dequantize(W)^T + bias),
 device-neutral layout (docs/formats.md) and keep their dtypes through .to(dtype), .half() and .float().
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,6 +34,12 @@ def _trains_bias(layer: nn.Module) -> bool:
     return bias is not None and bias.requires_grad
 
 
+class _Waiting(threading.local):
+    """What a thread has computed and not yet taken: the input, its version, outputs by place in the group."""
+
+    outputs: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+
 class SharedInput:
     """Layers that are given the same tensor, one after the other: one product for all of them (fuse_).
 
@@ -44,37 +51,44 @@ class SharedInput:
 
     def __init__(self, layers: "list[QuantLinear]") -> None:
         self._layers = layers
-        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None  # input, its version, outputs by layer
+        self._waiting = _Waiting()
         self._packed: tuple[tuple[tuple[Tensor, int], ...], cpu.Packed, Tensor | None] | None = None
-        self._misses = 0
+        self._misses = 0  # of all threads
         for layer in layers:
             layer._shared = self
 
     def output(self, layer: "QuantLinear", x: Tensor) -> Tensor:
         """The layer's output for x."""
-        waiting, place = self._waiting, self._layers.index(layer)
+        place = next((i for i, member in enumerate(self._layers) if member is layer), None)
+        if place is None:  # a shallow copy of one of the layers
+            return layer.product(x)
+        waiting = self._waiting.outputs
         if waiting is not None and waiting[0] is x and waiting[1] == version(x) and place in waiting[2]:
             y = waiting[2].pop(place)
             if not waiting[2]:
-                self._waiting, self._misses = None, 0
+                self._waiting.outputs, self._misses = None, 0
             return y
         if waiting is not None:  # outputs that nobody took
             self._misses += 1
             if self._misses >= self._ENOUGH_MISSES:
                 self.dissolve()
-                return layer(x)
+                return layer.product(x)
         packed, bias = self._tiles()
         y = cpu.gemm(x, packed, bias, layer.scheme.activation == "int8", layer.activation)
         outputs = dict(enumerate(y.split([member.out_features for member in self._layers], -1)))
         mine = outputs.pop(place)
-        self._waiting = (x, version(x), outputs)
+        self._waiting.outputs = (x, version(x), outputs)
         return mine
 
     def dissolve(self) -> None:
         """Every layer computes its own product again."""
-        self._waiting = None
+        self._waiting.outputs = None
         for layer in self._layers:
             layer._shared = None
+
+    def forget(self) -> None:
+        """Makes the tiles anew at the next call."""
+        self._packed = None
 
     def _tiles(self) -> tuple[cpu.Packed, Tensor | None]:
         tensors = [t for layer in self._layers for t in (layer.weight_packed, layer.bias) if t is not None]
@@ -89,6 +103,8 @@ class SharedInput:
             present = [part.detach() for part in parts if part is not None]
             return torch.cat(present) if present else None
 
+        for layer in self._layers:
+            layer.check_device()
         weight = torch.cat([layer.weight_packed for layer in self._layers])
         scale = torch.cat([layer.weight_scale for layer in self._layers])
         bias = joined(layer.bias for layer in self._layers)
@@ -102,7 +118,10 @@ class SharedInput:
         return packed, bias
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": None, "_packed": None}
+        return {"_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layers, self._waiting, self._packed, self._misses = state["_layers"], _Waiting(), None, 0
 
 
 class QuantLinear(nn.Module):
@@ -167,11 +186,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if runs_native(x, self):
             _ops.check_input(x, self.in_features)
-            if self._shared is not None:
-                return self._shared.output(self, x)
-            return cpu.gemm(
-                x, self.tiles(), self._parameters["bias"], self.scheme.activation == "int8", self.activation
-            )
+            shared = self._shared  # once: another thread may dissolve it
+            return self.product(x) if shared is None else shared.output(self, x)
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -189,15 +205,26 @@ class QuantLinear(nn.Module):
             self.scheme.group_size, quantize_activations, self.activation,
         )  # fmt: skip
 
+    def product(self, x: Tensor) -> Tensor:
+        """The output for an x that runs_native and check_input have passed."""
+        return cpu.gemm(x, self.tiles(), self._parameters["bias"], self.scheme.activation == "int8", self.activation)
+
+    def check_device(self) -> None:
+        """Raises where the CPU kernels can not read the weights: RuntimeError on meta, ValueError on another device."""
+        device = self.weight_packed.device
+        if device.type == "meta":
+            raise RuntimeError(
+                "QuantLinear: the weights are on the meta device; load a state dict with assign=True first"
+            )
+        if device.type != "cpu":
+            raise ValueError(f"weight_packed is on {device}, x on the CPU; allowed: one device for all")
+
     def tiles(self) -> cpu.Packed:
         """The weight as the CPU kernels read it; made on first use."""
         known, weight = self._packed, self._buffers["weight_packed"]
         if known is not None and known[0] is weight and known[1] == version(weight):
             return known[2]
-        if self.weight_packed.is_meta:
-            raise RuntimeError(
-                "QuantLinear: the weights are on the meta device; load a state dict with assign=True first"
-            )
+        self.check_device()
         if self.scheme.weight_bits == 8:
             packed = cpu.pack_int8(self.weight_packed, self.weight_scale)
         else:
@@ -240,13 +267,18 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._packed = None
+        self._forget_tiles()
         super()._apply(keep_dtype, recurse)
         return self
+
+    def _forget_tiles(self) -> None:
+        self._packed = None
+        if self._shared is not None:
+            self._shared.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None
+        self._forget_tiles()
         super()._load_from_state_dict(*args, **kwargs)
