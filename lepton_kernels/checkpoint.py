@@ -101,7 +101,7 @@ def _tensor(file: model_file.ModelFile, name: str, device: torch.device | None) 
 
 
 def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
-    """The quantized module that stands in for `old`, on the meta device."""
+    """The quantized module that stands in for `old`: on the meta device, or `old` itself where it is such a layer."""
     if spec["kind"] in _RECURRENT:
         kind, plain = _RECURRENT[spec["kind"]]
         if not isinstance(old, (kind, plain)):
@@ -114,10 +114,23 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
     if not isinstance(old, (nn.Linear, QuantLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
-    return QuantLinear(
-        old.in_features, old.out_features, spec["bias"], QuantScheme(**spec["scheme"]), "meta",
-        spec.get("activation", "none"),
-    )  # fmt: skip
+    scheme, activation = QuantScheme(**spec["scheme"]), spec.get("activation", "none")
+    fused = (
+        isinstance(old, QuantLinear) and old.activation_is_fused
+    )  # what computed the activation is not there any more
+    if fused and activation != "none":
+        raise TypeError(
+            f"one with activation {activation!r} in the file and fused with {old.activation!r} in the model"
+        )
+    if fused:
+        activation = old.activation
+    if isinstance(old, QuantLinear) and (old.scheme, old.bias is not None, old.activation) == (
+        scheme, spec["bias"], activation,
+    ):  # fmt: skip
+        return old
+    layer = QuantLinear(old.in_features, old.out_features, spec["bias"], scheme, "meta", activation)
+    layer.activation_is_fused = fused
+    return layer
 
 
 def _check_names(path: Any, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -137,7 +150,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
 
     model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
     costs no memory. Its nn.Linear, nn.Embedding and recurrent layers become what they are in the file. Every tensor is
-    checked; nothing is put into `model` before all of them have been read. device: where tensors go; None is the CPU.
+    checked; nothing is put into `model` before all of them have been read. A model that fuse_ has changed stays
+    so; layers of one input that the file replaces by others part. device: where tensors go; None is the CPU.
     Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
     """
     file = model_file.ModelFile.open(path)
@@ -173,17 +187,21 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
     same: dict[int, nn.Module] = {}
     for name, layer in skeleton.items():
         parent, _, attribute = name.rpartition(".")
-        replacement = same.setdefault(id(modules[name]), layer.train(modules[name].training))
+        old = modules[name]
+        if isinstance(old, QuantLinear) and old is not layer and old._shared is not None:
+            old._shared.dissolve()
+        replacement = same.setdefault(id(old), layer.train(old.training))
         setattr(model.get_submodule(parent), attribute, replacement)
     parameters: dict[int, nn.Parameter] = {}
     for name, tensor in state.items():
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
-        old = owner._parameters.get(attribute)
-        if old is not None:
+        before = owner._parameters.get(attribute)
+        if before is not None:
             made = parameters.get(id(tensor))
             if made is None:
-                made = parameters[id(tensor)] = nn.Parameter(tensor, old.requires_grad and tensor.is_floating_point())
+                trains = before.requires_grad and tensor.is_floating_point()
+                made = parameters[id(tensor)] = nn.Parameter(tensor, trains)
             owner._parameters[attribute] = made
         else:
             owner._buffers[attribute] = tensor
