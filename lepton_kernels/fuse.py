@@ -1,6 +1,7 @@
 """fuse_: let the quantized layers of a model do what stands around them, in place, under the same names."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,7 @@ _SIBLINGS = (
 )
 # Relative, of a fused part to what it replaces: room for a value on a rounding boundary, and for half types.
 _TOLERANCE, _ROUNDINGS = 1e-3, 4
+_Half = tuple[QuantLinear, nn.Dropout, nn.LayerNorm]
 
 
 @dataclass
@@ -49,9 +51,9 @@ def fuse_(model: nn.Module) -> FuseReport:
     - of BERT-like blocks, `dense, dropout, LayerNorm(. + residual)` and the feed-forward half become one native call
       each; a fused part is tried on random input first and must agree with what it replaces.
 
-    Names of the state dict stay. Under autograd, torch.compile or on another device the parts run one by one. In
-    inference mode, do not write into a layer's input between the layers that share it. Raises ValueError when nothing
-    was fused.
+    Names of the state dict stay, and so do files. Under autograd, torch.compile or on another device the parts run one
+    by one. What has hooks is left alone; one that is added later to a part of a fused block is not called. In inference
+    mode, do not write into a layer's input between the layers that share it. Raises ValueError when nothing was fused.
     """
     report = FuseReport()
     with torch.inference_mode():
@@ -67,34 +69,49 @@ def fuse_(model: nn.Module) -> FuseReport:
     return report
 
 
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether something wants to be called when one of the modules, or of their parts, is."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for module in modules
+        for part in module.modules()
+    )
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """named_children, a module that stands at several places at all of them."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def _fuse_sequences(model: nn.Module, report: FuseReport) -> None:
-    uses = [id(child) for parent in model.modules() for child in parent.children()]
+    uses = Counter(id(child) for parent in model.modules() for _, child in _children(parent))
     for prefix, sequence in model.named_modules():
         if type(sequence) is not nn.Sequential:
             continue
-        children = list(sequence.named_children())
-        for (name, layer), (place, after) in pairwise(children):
+        for (name, layer), (place, after) in pairwise(_children(sequence)):
             if not isinstance(layer, QuantLinear) or layer.activation != "none" or isinstance(after, QuantLinear):
                 continue
-            activation = activation_name(after) if not list(after.parameters()) else None
+            activation = activation_name(after) if not after.state_dict() and not _hooked(after) else None
             if activation in (None, "none"):
                 continue
             full = f"{prefix}.{name}" if prefix else name
-            if uses.count(id(layer)) > 1:
+            if uses[id(layer)] > 1:
                 report.skipped.append((full, "the layer stands in several places"))
-                continue
-            layer.activation, layer.activation_is_fused = activation, True
-            setattr(sequence, place, FusedActivation(activation))
-            report.rows.append((full, f"linear + {activation}", 1))
+            elif _hooked(layer):
+                report.skipped.append((full, "it has hooks"))
+            else:
+                layer.activation, layer.activation_is_fused = activation, True
+                setattr(sequence, place, FusedActivation(activation))
+                report.rows.append((full, f"linear + {activation}", 1))
 
 
-def _half(module: nn.Module) -> tuple[QuantLinear, nn.Dropout, nn.LayerNorm] | None:
+def _half(module: nn.Module) -> _Half | None:
     """The parts of a module that is dense, dropout and LayerNorm of a residual, by names and types."""
     parts = dict(module.named_children())
-    if set(parts) != {"dense", "dropout", "LayerNorm"}:
+    if isinstance(module, FusedResidualNorm) or set(parts) != {"dense", "dropout", "LayerNorm"}:
         return None
     dense, dropout, norm = parts["dense"], parts["dropout"], parts["LayerNorm"]
-    if not (isinstance(dense, QuantLinear) and type(dropout) is nn.Dropout and type(norm) is nn.LayerNorm):
+    if not (type(dense) is QuantLinear and type(dropout) is nn.Dropout and type(norm) is nn.LayerNorm):
         return None
     if norm.weight is None or norm.bias is None or tuple(norm.normalized_shape) != (dense.out_features,):
         return None
@@ -115,53 +132,61 @@ def _agree(old: Callable[..., Any], new: Callable[..., Any], *inputs: Tensor) ->
 
 def _probe(features: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, features, generator=generator).to(like.device, like.dtype)
+    return torch.randn(2, 3, features, generator=generator, device="cpu").to(like.device, like.dtype)
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    for prefix, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            yield f"{prefix}.{name}" if prefix else name, parent, name, child
+def _reason_to_skip(child: nn.Module, norm: nn.LayerNorm) -> str | None:
+    if child.training:
+        return "in training mode; call model.eval() first"
+    if norm.weight.is_meta:
+        return "on the meta device, where it can not be tried"
+    return "it has hooks" if _hooked(child) else None
 
 
 def _fuse_blocks(model: nn.Module, report: FuseReport) -> None:
-    for full, parent, name, child in _blocks(model):
-        parts = _half(child)
-        if parts is None or child.training:
-            if parts is not None:
-                report.skipped.append((full, "in training mode; call model.eval() first"))
-            continue
-        dense, dropout, norm = parts
-        expand = getattr(getattr(parent, "intermediate", None), "dense", None)
-        if name == "output" and isinstance(expand, QuantLinear) and hasattr(parent, "feed_forward_chunk"):
-            if _fuse_feed_forward(parent, expand, parts):
-                report.rows.append((full, "feed-forward + residual + layer norm", 2))
+    for prefix, parent in list(model.named_modules()):
+        for name, child in _children(parent):
+            parts = _half(child)
+            if parts is None:
+                continue
+            full = f"{prefix}.{name}" if prefix else name
+            reason = _reason_to_skip(child, parts[2])
+            if reason:
+                report.skipped.append((full, reason))
+                continue
+            if name == "output" and hasattr(parent, "feed_forward_chunk"):
+                if _fuse_feed_forward(parent, parts):
+                    report.rows.append((full, "feed-forward + residual + layer norm", 2))
+                    continue
+                report.skipped.append((full, "the activation before it: its feed-forward half computes something else"))
+            dense, _, norm = parts
+            fused = FusedResidualNorm(*parts).eval()
+            if _agree(child, fused, _probe(dense.in_features, norm.weight), _probe(dense.out_features, norm.weight)):
+                setattr(parent, name, fused)
+                report.rows.append((full, "linear + residual + layer norm", 1))
             else:
-                report.skipped.append((full, "its feed-forward half computes something else"))
-            continue
-        fused = FusedResidualNorm(dense, dropout, norm).eval()
-        x, residual = _probe(dense.in_features, norm.weight), _probe(dense.out_features, norm.weight)
-        if _agree(child, fused, x, residual):
-            setattr(parent, name, fused)
-            report.rows.append((full, "linear + residual + layer norm", 1))
-        else:
-            report.skipped.append((full, "it computes something else than LayerNorm(dense(x) + residual)"))
+                report.skipped.append((full, "it computes something else than LayerNorm(dense(x) + residual)"))
 
 
-def _fuse_feed_forward(parent: Any, expand: QuantLinear, parts: tuple[QuantLinear, nn.Dropout, nn.LayerNorm]) -> bool:
+def _fuse_feed_forward(parent: Any, parts: _Half) -> bool:
     """Fuses parent.intermediate and parent.output where parent.feed_forward_chunk then gives the same."""
-    others = [child for name, child in parent.intermediate.named_children() if name != "dense"]
-    activation = activation_name(others[0]) if len(others) == 1 else None
-    if activation is None or expand.activation != "none":
+    intermediate, output = getattr(parent, "intermediate", None), parent.output
+    if not isinstance(intermediate, nn.Module) or _hooked(intermediate):
+        return False
+    expand = getattr(intermediate, "dense", None)
+    others = [child for name, child in _children(intermediate) if name != "dense"]
+    if type(expand) is not QuantLinear or expand.activation != "none" or len(others) != 1 or others[0].state_dict():
+        return False
+    activation = activation_name(others[0])
+    if activation is None:
         return False
     x = _probe(expand.in_features, parts[2].weight)
-    before = parent.intermediate, parent.output
     want = parent.feed_forward_chunk(x)
     parent.intermediate = FusedElsewhere(expand)
-    parent.output = FusedFeedForward(expand, activation, *parts).eval()
+    parent.output = FusedFeedForward(parent.intermediate, activation, *parts).eval()
     if _agree(lambda _: want, parent.feed_forward_chunk, x):
         return True
-    parent.intermediate, parent.output = before
+    parent.intermediate, parent.output = intermediate, output
     return False
 
 
@@ -170,7 +195,7 @@ def _share_inputs(model: nn.Module, report: FuseReport) -> None:
         for names in _SIBLINGS:
             candidates = [getattr(parent, name, None) for name in names]
             layers = [layer for layer in candidates if isinstance(layer, QuantLinear) and layer._shared is None]
-            if len(layers) < len(names):
+            if len({id(layer) for layer in layers}) < len(names):
                 continue
             kinds = {(x.in_features, x.scheme, x.bias is None, x.activation, x.weight_packed.device) for x in layers}
             if len(kinds) == 1:

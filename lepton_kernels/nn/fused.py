@@ -17,15 +17,17 @@ from lepton_kernels.reference import ACTIVATIONS
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """The name in reference.ACTIVATIONS of an activation module or function, found by what it computes."""
-    probe = torch.linspace(-6, 6, 97)
+    with torch.device("cpu"):
+        near, far = torch.linspace(-6, 6, 97, dtype=torch.float32), torch.logspace(1, 4, 16, dtype=torch.float32)
+    probe = torch.cat([near, far, -far])  # far: ReLU6 and the like are cut off somewhere
     try:
         with torch.inference_mode():
-            y = function(probe)
+            y = function(probe.clone())  # it may write in place
     except Exception:  # not a function of one tensor: no activation of ours
         return None
     if not isinstance(y, Tensor) or y.shape != probe.shape:
         return None
-    return next((name for name, ours in ACTIVATIONS.items() if torch.allclose(y, ours(probe), rtol=0, atol=2e-6)), None)
+    return next((name for name, ours in ACTIVATIONS.items() if torch.allclose(y, ours(probe), 1e-6, 2e-6)), None)
 
 
 def _layer(linear: QuantLinear, activation: str = "none") -> cpu.Layer:
@@ -45,16 +47,18 @@ class FusedResidualNorm(nn.Module):
 
     def __init__(self, dense: QuantLinear, dropout: nn.Dropout, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.dense, self.dropout, self.LayerNorm = dense, dropout, norm
+        self.dense, self.LayerNorm, self.dropout = dense, norm, dropout  # in the order of the modules it stands for
 
-    def _native(self, x: Tensor, residual: Tensor, *layers: QuantLinear) -> bool:
+    def _native(self, x: Tensor, residual: Tensor, *layers: nn.Module) -> bool:
+        norm, dropout = self.LayerNorm, self.dropout
         return (
-            runs_native(x, self.dense, *layers)
+            all(type(layer) is QuantLinear for layer in (self.dense, *layers))  # none was replaced since
+            and runs_native(x, self.dense, *layers)
             and runs_native(residual)
             and residual.dtype == x.dtype
             and residual.shape == (*x.shape[:-1], self.dense.out_features)
-            and not (self.training and self.dropout.p > 0)
-            and not (torch.is_grad_enabled() and self.LayerNorm.weight.requires_grad)
+            and not (dropout.training and dropout.p > 0)
+            and not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
         )
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -65,16 +69,16 @@ class FusedResidualNorm(nn.Module):
 
 
 class FusedFeedForward(FusedResidualNorm):
-    """LayerNorm(dropout(dense(activation(expand(x)))) + residual); `expand` belongs to another module of the model."""
+    """LayerNorm(dropout(dense(activation(expand.dense(x)))) + residual); `expand` stays where it was in the model."""
 
     def __init__(
-        self, expand: QuantLinear, activation: str, dense: QuantLinear, dropout: nn.Dropout, norm: nn.LayerNorm
+        self, expand: "FusedElsewhere", activation: str, dense: QuantLinear, dropout: nn.Dropout, norm: nn.LayerNorm
     ) -> None:
         super().__init__(dense, dropout, norm)
         self._expand, self._activation = (expand,), activation  # in a tuple: registered where it was, not twice
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        (expand,) = self._expand
+        expand = self._expand[0].dense
         if not self._native(x, residual, expand):
             return super().forward(ACTIVATIONS[self._activation](expand(x)), residual)
         _ops.check_input(x, expand.in_features)
