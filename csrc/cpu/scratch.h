@@ -15,8 +15,9 @@ class Scratch {
   void* get(size_t bytes) {
     if (bytes > size_) {
       memory_.reset();
-      size_ = bytes;
+      size_ = 0;  // also where there is no memory
       memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
+      size_ = bytes;
     }
     return memory_.get();
   }
