@@ -28,7 +28,8 @@ class Derived(Generic[T]):
 
     def get(self, sources: tuple[Tensor, ...], plain: tuple[int, ...], make: Callable[[], T]) -> T:
         """The value that make() gave for these sources, or a new one if they are new or were written since."""
-        key = (plain, *(value for t in sources for value in (t.untyped_storage()._cdata, t.storage_offset())))
+        places = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in sources]
+        key = (plain, *places)
         entry = self._entries.get(key)
         if entry is not None and all(
             not storage.expired() and version(tensor) == seen
