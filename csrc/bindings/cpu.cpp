@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_block.h"
 #include "cpu/parallel.h"
+#include "cpu/quantize_rows.h"
 #include "cpu/recurrent.h"
 
 namespace py = pybind11;
@@ -153,6 +154,8 @@ void bind_cpu(py::module_& module) {
   module.attr("GROUP_MULTIPLE") = kNibbleBlock;
   module.def("isa", [] { return isa_name(isa_in_use()); }, "The instruction-set level in use.");
   module.def("isa_of_machine", [] { return isa_name(isa_of_machine()); }, "The best level of this machine.");
+  module.def("splits_activations", [] { return splits_activations(isa_in_use()); },
+             "Whether w8a16 and w4a16 multiply 16-bit integers, not floats.");
   module.def("default_threads", &default_threads, "Threads that OpenMP would use.");
   module.def("packed_bytes", &packed_bytes, "Bytes of a packed weight.");
   module.def("pack_int8", &bind_pack_int8);

@@ -5,7 +5,9 @@ from lepton_kernels._runtime import C
 
 def kernel_name(scheme: str, device: str) -> str:
     """What serves a scheme on a type of device ("cpu", "cuda"), as lk.backends() and the reports show it."""
-    kernel = {"w8a8": "gemm_int8", "w4a8": "gemm_int4"}.get(scheme, "gemm_dequant")
+    kernel = "gemm_int8" if scheme.startswith("w8") else "gemm_int4"
     if device == "cuda":
-        return f"{'gemm_int8' if scheme.startswith('w8') else 'gemm_int4'}[triton]"
+        return f"{kernel}[triton]"
+    if scheme.endswith("a16") and not C.splits_activations():
+        kernel = "gemm_dequant"
     return f"{kernel}[{C.isa()}]"

@@ -21,6 +21,15 @@ def test_the_environment_caps_the_level(run_python):
         assert used in allowed
 
 
+def test_the_report_names_the_kernels_of_the_level(run_python):
+    program = "import lepton_kernels as lk; print(*lk.backends()['cpu'].values())"
+    for isa, kernel in (("avx2", "gemm_dequant"), ("avx512vnni", "gemm_int4")):
+        used = min(isa, run_python("from lepton_kernels._runtime import C; print(C.isa())").strip(), key=ISAS.index)
+        w8a8, _, w4a8, w4a16 = run_python(program, LEPTON_MAX_ISA=isa).split()
+        assert (w8a8, w4a8) == (f"gemm_int8[{used}]", f"gemm_int4[{used}]")
+        assert w4a16 == f"{kernel if used == isa else 'gemm_dequant'}[{used}]"
+
+
 def test_an_unknown_level_is_an_error_that_lists_the_levels():
     program = "import lepton_kernels._runtime"
     environment = {"LEPTON_MAX_ISA": "avx3", "PATH": ""}
