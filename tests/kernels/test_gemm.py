@@ -112,6 +112,17 @@ def test_packed_tiles_follow_the_weight(rng):
     assert torch.equal(cpu.gemm_int8(x, weight, scale, bias, True), reference.gemm_int8(x, weight, scale, bias, True))
 
 
+def test_views_of_one_weight_have_tiles_of_their_own(rng):
+    x, weight, scale, bias = make_int8(4, 20, 50, torch.float32, rng)
+    for n, k in ((20, 50), (7, 50), (20, 30)):
+        part = x[:, :k], weight[:n, :k], scale[:n], bias[:n]
+        assert torch.equal(cpu.gemm_int8(*part, True), reference.gemm_int8(*part, True))
+    values = reference.pack_int4(weight.clamp(-8, 7))
+    for n in (20, 7):
+        part = x, values[:n], scale[:n].bfloat16(), None, bias[:n], -1, True
+        assert torch.equal(cpu.gemm_int4(*part), reference.gemm_int4(*part))
+
+
 LEVELS_PROGRAM = """
 import hashlib, torch
 from lepton_kernels import reference
@@ -173,3 +184,68 @@ def test_activation_functions_keep_nan_and_infinity():
         assert y[0].isnan().all(), activation
         assert (y[1] == torch.inf).all(), activation
         assert (y[2] == -torch.inf).all() if activation == "none" else (y[2].abs() < 1e-30).all(), activation
+
+
+def test_16_bit_activations_are_the_same_bits_on_every_level_from_avx512_on(run_python):
+    program = LEVELS_PROGRAM.replace(", True)", ", False)").replace(", True, activation", ", False, activation")
+    lines = [line.split() for isa in ISAS[3:] for line in run_python(program, LEPTON_MAX_ISA=isa).splitlines()]
+    assert len({digest for isa, digest in lines if isa.startswith(("avx512", "amx"))}) <= 1, lines
+
+
+@pytest.mark.parametrize("group_size", [48, 80, 112])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 100), (9, 17, 200), (40, 70, 1000)])
+def test_groups_that_do_not_divide_a_step_of_64(m, n, k, group_size, rng):
+    for symmetric in (True, False):
+        x, weight, scale, zero, bias = make_int4(m, n, k, group_size, symmetric, torch.float32, rng)
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, True)
+        assert torch.equal(got, reference.gemm_int4(x, weight, scale, zero, bias, group_size, True))
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, False)
+        want = reference.gemm_int4(x, weight, scale, zero, bias, group_size, False)
+        dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
+        assert ((got - want).abs() <= float_bound(x, dense, torch.float32)).all()
+
+
+@pytest.mark.parametrize("quantize_activations", [True, False])
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_the_largest_k_does_not_overflow(m, quantize_activations):
+    k = 65536
+    x = torch.full((m, k), 5.0)
+    x[:, -1] = -1e-3  # the zero point is 0: every other value is the largest integer
+    weight = torch.full((20, k), 127, dtype=torch.int8)
+    weight[::2] = -127
+    scale = torch.full((20, 1), 1e-3)
+    got = cpu.gemm_int8(x, weight, scale, None, quantize_activations)
+    want = reference.gemm_int8(x, weight, scale, None, quantize_activations)
+    assert torch.equal(got, want) if quantize_activations else torch.allclose(got, want, rtol=1e-4)
+    values = reference.pack_int4(weight.clamp(-8, 7))
+    scale = torch.ones(20, 1, dtype=torch.bfloat16)
+    for zero in (None, torch.where(weight[:, :1] > 0, -8, 7).to(torch.int8)):
+        got = cpu.gemm_int4(x, values, scale, zero, None, -1, quantize_activations)
+        want = reference.gemm_int4(x, values, scale, zero, None, -1, quantize_activations)
+        assert torch.equal(got, want) if quantize_activations else torch.allclose(got, want, rtol=1e-4)
+
+
+def test_nan_and_infinity_with_16_bit_activations(rng):
+    for m in (3, 20):
+        x, weight, scale, bias = make_int8(m, 20, 50, torch.float32, rng)
+        x[0, 49], x[2, 17] = torch.nan, -torch.inf
+        got = cpu.gemm_int8(x, weight, scale, bias, False)
+        assert (~got.isfinite()).any(1).tolist() == [row in (0, 2) for row in range(m)]
+        values = reference.pack_int4(weight.clamp(-8, 7))
+        got = cpu.gemm_int4(x, values, scale.to(torch.bfloat16), None, bias, -1, False)
+        assert (~got.isfinite()).any(1).tolist() == [row in (0, 2) for row in range(m)]
+
+
+def test_a_call_without_enough_memory_raises_and_the_next_one_works(run_python):
+    # 2^30 rows that are one: x takes 128 KiB, its integers 2^47 bytes, which is all that a process can address.
+    program = """
+import torch
+from lepton_kernels._backends import cpu
+weight, scale = torch.ones(1, 65536, dtype=torch.int8), torch.ones(1, 1)
+x = torch.ones(1, 65536, dtype=torch.float16)
+try:
+    cpu.gemm_int8(x.expand(2**30, 65536), weight, scale, None, False)
+except MemoryError:
+    print(float(cpu.gemm_int8(x.float()[:, :1], weight[:, :1].contiguous(), scale, None, False)))
+"""
+    assert run_python(program, LEPTON_MAX_ISA="amx") == "1.0\n"
