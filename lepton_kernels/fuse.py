@@ -43,7 +43,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse_(model: nn.Module) -> FuseReport:
+def fuse_(model: nn.Module, *, optional: bool = False) -> FuseReport:
     """Fuses what it knows around the QuantLinear layers of `model`, in place; a model is quantized first, then fused.
 
     - an activation behind a layer of an nn.Sequential becomes the layer's own;
@@ -53,14 +53,15 @@ def fuse_(model: nn.Module) -> FuseReport:
 
     Names of the state dict stay, and so do files. Under autograd, torch.compile or on another device the parts run one
     by one. What has hooks is left alone; one that is added later to a part of a fused block is not called. In inference
-    mode, do not write into a layer's input between the layers that share it. Raises ValueError when nothing was fused.
+    mode, do not write into a layer's input between the layers that share it. Raises ValueError when nothing was fused,
+    unless optional=True.
     """
     report = FuseReport()
     with torch.inference_mode():
         _fuse_sequences(model, report)
         _fuse_blocks(model, report)
     _share_inputs(model, report)
-    if not report.rows:
+    if not report.rows and not optional:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report.skipped)
         raise ValueError(
             f"fuse_: nothing to fuse in {type(model).__name__} ({reasons or 'no pattern found'}); allowed: a model "

@@ -440,6 +440,8 @@ def test_nothing_to_fuse():
             ValueError, match=r"fuse_: nothing to fuse in .* allowed: a model with layers from quantize_"
         ):
             lk.fuse_(model)
+        report = lk.fuse_(model, optional=True)
+        assert (report.rows, report.skipped) == ([], [])
 
 
 def test_a_part_that_was_replaced_is_not_passed_by(bert_float, rng):

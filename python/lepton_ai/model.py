@@ -31,6 +31,7 @@ class CompressionReport:
     file_bytes: int | None = None
     pruning: lk.PruneReport | None = None
     quantization: lk.QuantizeReport | None = None
+    fusion: lk.FuseReport | None = None
     steps: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,10 +43,14 @@ class CompressionReport:
         for name in ("pruning", "quantization"):
             report = getattr(self, name)
             out[name] = None if report is None else [vars(row) for row in report.rows]
+        rows = None if self.fusion is None else self.fusion.rows
+        out["fusion"] = rows and [{"name": name, "fused": what, "layers": layers} for name, what, layers in rows]
         return out
 
     def __str__(self) -> str:
         parts = [str(report) for report in (self.pruning, self.quantization) if report is not None]
+        if self.fusion is not None and self.fusion.rows:
+            parts.append(str(self.fusion))
         file = f", file {self.file_bytes:,} ({self.codec})" if self.file_bytes is not None else ""
         share = self.bytes_after / max(self.bytes_before, 1)
         parts.append(f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.1%}){file}")
@@ -75,10 +80,13 @@ class CompressedModel:
         self._report.file_bytes = Path(path).stat().st_size
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> "CompressedModel":
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module | None = None, *, fuse: bool = True
+    ) -> "CompressedModel":
         """Opens a saved file. model: the architecture, where the file does not hold it (not a Hugging Face model).
 
-        Raises CorruptDataError for a damaged file, ValueError when `model` is missing or does not fit.
+        fuse: as in Quantization. Raises CorruptDataError for a damaged file, ValueError when `model` is missing or does
+        not fit.
         """
         file = ModelFile.open(path)
         if model is None:
@@ -89,6 +97,8 @@ class CompressedModel:
         codecs = {entry.codec for entry in file.entries.values()} - {"none"}
         after = _state_bytes(model)
         report = CompressionReport(after, after, codecs.pop() if codecs else "none", Path(path).stat().st_size)
+        if fuse:
+            report.fusion = lk.fuse_(model, optional=True)
         return cls(model, report)
 
 
@@ -134,6 +144,8 @@ class LeptonModel:
                 report.pruning = step.apply(model)
             elif isinstance(step, Quantization):
                 report.quantization = step.apply(model)
+                if step.fuse:
+                    report.fusion = lk.fuse_(model, optional=True)
             else:
                 report.codec = step.codec
         report.bytes_after = _state_bytes(model)

@@ -119,6 +119,26 @@ def test_a_hugging_face_folder_becomes_one_file_that_needs_nothing_else(hf_folde
     assert not any(tensor.is_meta for tensor in again.model.state_dict().values())
 
 
+def test_what_surrounds_quantized_layers_is_fused_unless_told_otherwise(net, hf_folder, tmp_path):
+    fused = LeptonModel(net).compress(Quantization("w8a8"))
+    assert fused.report().as_dict()["fusion"] == [{"name": "body.0", "fused": "linear + relu", "layers": 1}]
+    assert "linear + relu" in str(fused.report())
+    plain = LeptonModel(net).compress(Quantization("w8a8", fuse=False))
+    assert plain.report().fusion is None
+    assert type(plain.model.body[1]) is nn.ReLU
+    assert torch.equal(fused(INDEX), plain(INDEX))
+    alone = LeptonModel(nn.Sequential(nn.Linear(64, 64))).compress(Quantization("w8a8")).report()
+    assert alone.as_dict()["fusion"] == []
+
+    compressed = LeptonModel(hf_folder).compress(Quantization("w8a8"))
+    assert {row["layers"] for row in compressed.report().as_dict()["fusion"]} == {1, 2, 3}
+    compressed.save(tmp_path / "a.safetensors")
+    for fuse in (True, False):
+        again = CompressedModel.load(tmp_path / "a.safetensors", fuse=fuse)
+        assert any(isinstance(m, lk.nn.FusedFeedForward) for m in again.model.modules()) == fuse
+        assert (again.report().fusion is not None) == fuse
+
+
 def lepton(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return result.exit_code, result.output

@@ -15,6 +15,8 @@ class Quantization:
 
     embeddings: nn.Embedding tables become int8 rows as well (half of a small encoder's bytes). include, exclude: names,
     globs, types or callables; `include` narrows the layers, and then says itself whether embeddings are among them.
+    fuse: what stands around the quantized layers becomes part of them where lepton_kernels.fuse_ knows it; the file
+    stays the same.
     """
 
     scheme: str | QuantScheme = "w8a8"
@@ -23,6 +25,7 @@ class Quantization:
     include: Sequence[Any] | None = None
     exclude: Sequence[Any] = ()
     strict: bool = False
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         QuantScheme.of(self.scheme, self.group_size)
