@@ -1,7 +1,8 @@
 """Worker processes that share the cores: python bench/processes.py [SECONDS]
 
-MiniLM at batch 1 x 128 tokens, in one process and in four, each with torch's default number of threads; requests a second
-of all together. Processes that want more threads than there are cores lose speed; ours should lose no more than float.
+MiniLM at batch 1 x 128 tokens, in one process and in four, each with torch's default number of threads; requests a
+second of all together. Processes that want more threads than there are cores lose speed; ours should lose no more than
+float.
 """
 
 import multiprocessing
