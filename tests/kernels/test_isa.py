@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ISAS
+from conftest import FLOAT_ISAS, ISAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,12 +22,21 @@ def test_the_environment_caps_the_level(run_python):
 
 
 def test_the_report_names_the_kernels_of_the_level(run_python):
-    program = "import lepton_kernels as lk; print(*lk.backends()['cpu'].values())"
-    for isa, kernel in (("avx2", "gemm_dequant"), ("avx512vnni", "gemm_int4")):
-        used = min(isa, run_python("from lepton_kernels._runtime import C; print(C.isa())").strip(), key=ISAS.index)
-        w8a8, _, w4a8, w4a16 = run_python(program, LEPTON_MAX_ISA=isa).split()
-        assert (w8a8, w4a8) == (f"gemm_int8[{used}]", f"gemm_int4[{used}]")
-        assert w4a16 == f"{kernel if used == isa else 'gemm_dequant'}[{used}]"
+    program = """
+import lepton_kernels as lk
+from lepton_kernels._runtime import C
+print(C.isa(), *lk.backends()["cpu"].values())
+"""
+    for isa in ISAS:
+        used, *kernels = run_python(program, LEPTON_MAX_ISA=isa).split()
+        floats = used in FLOAT_ISAS
+        names = (
+            "gemm_int8",
+            "gemm_dequant" if floats else "gemm_int8",
+            "gemm_int4",
+            "gemm_dequant" if floats else "gemm_int4",
+        )
+        assert kernels == [f"{name}[{used}]" for name in names]
 
 
 def test_an_unknown_level_is_an_error_that_lists_the_levels():
