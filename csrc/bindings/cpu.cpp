@@ -75,9 +75,19 @@ void bind_linear_block(uintptr_t x, int dtype, int64_t x_stride, int m, const st
                        float norm_eps, uintptr_t y, int threads) {
   check(layers.size() == 1 || layers.size() == 2,
         "linear_block: " + std::to_string(layers.size()) + " layers; allowed: 1, 2");
-  LinearBlockArgs args{at<const void>(x), static_cast<Dtype>(dtype), x_stride, m, {}, int(layers.size()),
-                       at<const void>(residual), residual_stride, at<const float>(norm_weight),
-                       at<const float>(norm_bias), norm_eps, at<void>(y), threads};
+  LinearBlockArgs args{at<const void>(x),
+                       static_cast<Dtype>(dtype),
+                       x_stride,
+                       m,
+                       {},
+                       int(layers.size()),
+                       at<const void>(residual),
+                       residual_stride,
+                       at<const float>(norm_weight),
+                       at<const float>(norm_bias),
+                       norm_eps,
+                       at<void>(y),
+                       threads};
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto& [packed, n, k, bits, group, symmetric, bias, activation, quantize_activations] = layers[i];
     check_activation(activation);
@@ -154,8 +164,9 @@ void bind_cpu(py::module_& module) {
   module.attr("GROUP_MULTIPLE") = kNibbleBlock;
   module.def("isa", [] { return isa_name(isa_in_use()); }, "The instruction-set level in use.");
   module.def("isa_of_machine", [] { return isa_name(isa_of_machine()); }, "The best level of this machine.");
-  module.def("splits_activations", [] { return splits_activations(isa_in_use()); },
-             "Whether w8a16 and w4a16 multiply 16-bit integers, not floats.");
+  module.def(
+      "splits_activations", [] { return splits_activations(isa_in_use()); },
+      "Whether w8a16 and w4a16 multiply 16-bit integers, not floats.");
   module.def("default_threads", &default_threads, "Threads that OpenMP would use.");
   module.def("packed_bytes", &packed_bytes, "Bytes of a packed weight.");
   module.def("pack_int8", &bind_pack_int8);

@@ -20,7 +20,7 @@ struct AddNormArgs {
   const float* weight;  // [n], or null: y = v
   const float* bias;    // [n]
   float eps;
-  void* y;  // [rows, n] contiguous
+  void* y;      // [rows, n] contiguous
   Dtype dtype;  // of residual and y
 };
 

@@ -73,8 +73,9 @@ LEPTON_INLINE void add_norm_row(const AddNormArgs& args, float* h, const void* r
 template <Dtype dtype>
 void add_norm_rows(const AddNormArgs& args) {
   for (int r = 0; r < args.rows; ++r) {
-    const void* residual =
-        args.residual ? static_cast<const char*>(args.residual) + r * args.residual_stride * dtype_bytes(dtype) : nullptr;
+    const void* residual = args.residual
+                               ? static_cast<const char*>(args.residual) + r * args.residual_stride * dtype_bytes(dtype)
+                               : nullptr;
     void* y = static_cast<char*>(args.y) + int64_t(r) * args.n * dtype_bytes(dtype);
     add_norm_row<dtype>(args, args.h + int64_t(r) * args.n, residual, y);
   }

@@ -12,8 +12,8 @@ namespace lepton {
 namespace {
 
 // Prepared activations that a tile works on are read again for every panel, so they take at most this share of the
-// second-level cache: a quarter where vectors multiply, half with tile registers, which use weights so fast that reading
-// those again for another tile of rows is what costs.
+// second-level cache: a quarter where vectors multiply, half with tile registers, which use weights so fast that
+// reading those again for another tile of rows is what costs.
 constexpr int kVectorCacheShare = 4, kTileCacheShare = 2;
 // Floats are read once for every block of widened weights, so that many rows share the widening.
 constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;

@@ -1,5 +1,5 @@
-// gemm.h - Y = activation(X @ dequant(W)^T + bias) on the CPU, for 8-bit and grouped 4-bit weights; activations quantized on the
-// fly (w8a8, w4a8) or left in float (w8a16, w4a16).
+// gemm.h - Y = activation(X @ dequant(W)^T + bias) on the CPU, for 8-bit and grouped 4-bit weights; activations
+// quantized on the fly (w8a8, w4a8) or left in float (w8a16, w4a16).
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +18,7 @@ struct GemmArgs {
   PackedWeight weight;  // n, k
   const float* bias;    // [n] or null
   Activation activation;
-  void* y;              // [m, n], rows contiguous
+  void* y;  // [m, n], rows contiguous
   Dtype y_dtype;
   bool quantize_activations;
   int threads;

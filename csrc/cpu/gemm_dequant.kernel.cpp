@@ -11,7 +11,7 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kBlock = 256;           // k in the buffer: 256 x 16 floats = 16 KiB, half of a first-level cache
+constexpr int kBlock = 256;  // k in the buffer: 256 x 16 floats = 16 KiB, half of a first-level cache
 
 // Column k + i of a panel's word of 8 (4 bit) or 4 (8 bit) k.
 template <int bits, int i>
@@ -169,8 +169,7 @@ void gemm_dequant_tile(const GemmTile& tile) {
       });
     }
     const F32x16 bias = load_bias(tile, panel);
-    const F32x16 scale =
-        tile.weight.bits == 8 ? load_f32<Dtype::f32>(tile.weight.scale(panel)) : broadcast_f32(1);
+    const F32x16 scale = tile.weight.bits == 8 ? load_f32<Dtype::f32>(tile.weight.scale(panel)) : broadcast_f32(1);
     for (int r = 0; r < tile.rows; ++r)
       store_output(tile, r, panel, add(mul(load_f32<Dtype::f32>(sums + r * kPanel), scale), bias));
   }

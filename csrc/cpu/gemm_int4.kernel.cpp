@@ -108,7 +108,7 @@ constexpr int kStepBlock = 8;
 // Steps of one group in a block of unpacked weights. Weights of other groups are 0 in it.
 struct Piece {
   int group, step, steps;
-  int place;  // in the block
+  int place;         // in the block
   bool first, last;  // of the group's pieces
 };
 
@@ -201,9 +201,9 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
   for (int group = 0, step = 0; group < weight.groups();) {
     const int first_group = group, count = unpack_block<panels>(weight, panel, group, step, block, pieces);
     const bool last_block = group == weight.groups();
-    TilePrefetch prefetch{last_block ? weight.panel(panel + panels)
-                                     : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
-                          weight.panel_bytes(), pairs == 1 ? 0 : divide_up(kTileRows / 2, pairs)};
+    TilePrefetch prefetch{
+        last_block ? weight.panel(panel + panels) : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
+        weight.panel_bytes(), pairs == 1 ? 0 : divide_up(kTileRows / 2, pairs)};
     for (int pair = 0; pair < pairs; ++pair) {
       int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
       for (int i = 0; i < count; ++i) {

@@ -60,7 +60,8 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   else
     rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
   const int quad = rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
-  rows.stride = rows.layout == RowLayout::tiles ? round_up(k, kTileStep) : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
+  rows.stride =
+      rows.layout == RowLayout::tiles ? round_up(k, kTileStep) : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
   const bool sums = args.weight.bits == 4 && rows.layout != RowLayout::tiles;
   // Tiles hold whole blocks of rows; what is computed of the rows past m is not used.
   const size_t plane_rows = size_t(round_up(m, kTileRows)) * size_t(rows.planes);

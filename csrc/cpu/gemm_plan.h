@@ -1,5 +1,5 @@
-// gemm_plan.h - the parts of a quantized product that gemm() and linear_block() put together: activations made ready, and
-// a tile of rows and panels.
+// gemm_plan.h - the parts of a quantized product that gemm() and linear_block() put together: activations made ready,
+// and a tile of rows and panels.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -24,7 +24,8 @@ struct Activations {
 // Lays the prepared activations of all rows out in one scratch buffer.
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch);
 
-// Prepares rows [row_begin, row_end): whole blocks of 16 rows are one thread's.
+// Prepares rows [row_begin, row_end). Threads may share a block of 16 rows of the layout tiles: each writes its own
+// bytes.
 void prepare_rows(const Activations& plan, Isa isa, int row_begin, int row_end);
 
 // Y[rows from row0 on, columns of panels [panel_begin, panel_end)].

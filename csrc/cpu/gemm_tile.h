@@ -30,13 +30,13 @@ struct GemmTile {
 
   const float* bias;  // [n] or null
   Activation activation;
-  void* y;            // [rows, n], rows y_stride elements apart
+  void* y;  // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
 };
 
-// Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums of
-// two panels, twice, and once more for one pair.
+// Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums
+// of two panels, twice, and once more for one pair.
 constexpr int64_t scratch_bytes(int rows) {
   return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4);
 }

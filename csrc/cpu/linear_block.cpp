@@ -1,5 +1,5 @@
-// linear_block.cpp - rows are cut into blocks that pass through all layers on one thread; where the weights are too large
-// to be read again for every block, or the rows too few for all threads, the layers follow each other instead.
+// linear_block.cpp - rows are cut into blocks that pass through all layers on one thread; where the weights are too
+// large to be read again for every block, or the rows too few for all threads, the layers follow each other instead.
 #include "cpu/linear_block.h"
 
 #include <algorithm>
@@ -97,7 +97,8 @@ void linear_block(const LinearBlockArgs& args) {
   if (weight_bytes > kWeightCaches * l2_bytes() || args.m < kTileRows * args.threads) return layer_by_layer(args, isa);
   // Twice the floats: what is quantized of them takes up to half as much, and so do x and y.
   const int64_t row_bytes = 2 * row_floats(args) * int64_t(sizeof(float));
-  const int64_t fit = std::max<int64_t>(l2_bytes() / kCacheShare / row_bytes / (2 * kTileRows) * (2 * kTileRows), kTileRows);
+  const int64_t fit =
+      std::max<int64_t>(l2_bytes() / kCacheShare / row_bytes / (2 * kTileRows) * (2 * kTileRows), kTileRows);
   const int blocks = round_up(int((args.m + fit - 1) / fit), args.threads);
   const int rows_each = divide_up(args.m, blocks);
   const int rows = round_up(rows_each, rows_each > kTileRows ? 2 * kTileRows : kTileRows);

@@ -1,5 +1,5 @@
-// quantize_rows.h - X to integers, a scale and a zero point for every row: 8 bits (w8a8, w4a8), or 16 bits as a plane of
-// high bytes and one of low bytes (w8a16, w4a16 where integer products are the fastest).
+// quantize_rows.h - X to integers, a scale and a zero point for every row: 8 bits (w8a8, w4a8), or 16 bits as a plane
+// of high bytes and one of low bytes (w8a16, w4a16 where integer products are the fastest).
 //
 //   lo = min(0, min x), hi = max(0, max x), scale = hi / L - lo / L, zero = round(-lo / scale), L = 255 or 65535
 //   q = clamp(round(x / scale) + zero, 0, L),   x ~ scale * (q - zero)
@@ -42,7 +42,7 @@ struct QuantizedRows {
   uint8_t* q;
   int64_t stride;  // bytes from a row to the next; a multiple of 64. What lies between a row's end and the stride is 0
   float* scale;    // [rows]
-  int32_t* zero;       // [rows, planes]
+  int32_t* zero;   // [rows, planes]
   int32_t* group_sum;  // [rows, planes, groups]: sums of a plane's bytes over each group of k, or null
 
   uint8_t* row(int r, int plane) const {

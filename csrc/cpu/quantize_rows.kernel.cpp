@@ -10,7 +10,7 @@ namespace {
 static_assert(kQuadBytes == quad_bytes(Isa::LEPTON_ISA));
 
 constexpr int kLanes = 16;
-constexpr int kChains = 4;  // vectors side by side, which hide the latency of a minimum
+constexpr int kChains = 4;                    // vectors side by side, which hide the latency of a minimum
 constexpr float kSmallestNormal = 0x1p-126f;  // below it 1 / scale could overflow: such a row counts as zeros
 
 struct RowRange {
@@ -35,8 +35,7 @@ LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
 template <Dtype dtype, int planes>
 LEPTON_INLINE RowRange range_of(const char* x, int k) {
   F32x16 lowest[kChains], highest[kChains], finite[kChains];
-  unroll<kChains>([&]<int c>()
-                      LEPTON_LAMBDA_INLINE { lowest[c] = highest[c] = finite[c] = broadcast_f32(0); });
+  unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE { lowest[c] = highest[c] = finite[c] = broadcast_f32(0); });
   for (int i = 0; i < k; i += kChains * kLanes) {
     unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE {
       const F32x16 v = load_padded<dtype>(x, i + c * kLanes, k);
@@ -176,8 +175,7 @@ void quantize(const QuantizeRowsArgs& args) {
 void quantize_rows(const QuantizeRowsArgs& args) {
   const bool quads = args.out.layout == RowLayout::quads;
   if (args.out.planes == 1) return quads ? quantize<1, true>(args) : quantize<1, false>(args);
-  if constexpr (splits_activations(Isa::LEPTON_ISA))
-    return quads ? quantize<2, true>(args) : quantize<2, false>(args);
+  if constexpr (splits_activations(Isa::LEPTON_ISA)) return quads ? quantize<2, true>(args) : quantize<2, false>(args);
 }
 
 }  // namespace lepton::LEPTON_ISA

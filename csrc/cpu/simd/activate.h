@@ -21,8 +21,8 @@ LEPTON_INLINE F32x16 exp_f32(F32x16 x) {
   const F32x16 power = max(min(mul(x, broadcast_f32(1.44269504f)), broadcast_f32(127)), broadcast_f32(-126));
   const I32x16 n = round_i32(power);
   const F32x16 f = sub(power, to_f32(n));
-  const F32x16 p = polynomial(
-      f, {0.001327647129f, 0.009675541893f, 0.05550713093f, 0.2402212024f, 0.6931469440f, 1.0000001192f});
+  const F32x16 p =
+      polynomial(f, {0.001327647129f, 0.009675541893f, 0.05550713093f, 0.2402212024f, 0.6931469440f, 1.0000001192f});
   return mul(p, as_f32(shift_left<23>(add(n, broadcast_i32(127)))));
 }
 

@@ -50,9 +50,9 @@ LEPTON_INLINE void tile_dot() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
 }
 
-constexpr int kTilePanels = 2;                                  // panels of a 2 x 2 block of sums
-constexpr int kTileSums = kTileRows * kPanel;                   // i32 of one tile of sums
-constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;      // of a 2 x 2 block
+constexpr int kTilePanels = 2;                              // panels of a 2 x 2 block of sums
+constexpr int kTileSums = kTileRows * kPanel;               // i32 of one tile of sums
+constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;  // of a 2 x 2 block
 
 // Weights that a product will want next, fetched to the second-level cache a few lines a step.
 struct TilePrefetch {
@@ -99,8 +99,8 @@ LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8
   if constexpr (row_tiles == 2 && panels == 2) tile_store<3>(sums + kBelow + kTileSums);
 }
 
-// Calls body(row, rows, row_tile) for the rows, at most 16, whose sums stand in a pair of row tiles: two times 16 rows, or
-// both planes of 16.
+// Calls body(row, rows, row_tile) for the rows, at most 16, whose sums stand in a pair of row tiles: two times 16 rows,
+// or both planes of 16.
 template <int planes, typename Body>
 LEPTON_INLINE void for_tiles_of_pair(int rows, int pair, const Body& body) {
   for (int row_tile = 0; row_tile < 2; row_tile += planes) {

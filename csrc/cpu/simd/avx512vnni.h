@@ -97,8 +97,7 @@ LEPTON_INLINE void store_quads(uint8_t* p, I32x16 x) { store_u8(p, x); }
 LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
   // Packs work on each 128 bits; the permutation puts their 32-bit pieces, 0 to 15 by value, back in order.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i bytes =
-      _mm512_packs_epi16(_mm512_packs_epi32(x[0].v, x[1].v), _mm512_packs_epi32(x[2].v, x[3].v));
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(x[0].v, x[1].v), _mm512_packs_epi32(x[2].v, x[3].v));
   const __m512i flip = _mm512_set1_epi8(biased ? 0 : -128);
   _mm512_storeu_si512(p, _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), flip));
 }

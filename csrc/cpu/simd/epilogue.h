@@ -1,5 +1,5 @@
-// epilogue.h - the end of every GEMM kernel: y = activation(sums * scale + bias) in the output's type, at full and partial
-// panels.
+// epilogue.h - the end of every GEMM kernel: y = activation(sums * scale + bias) in the output's type, at full and
+// partial panels.
 #pragma once
 
 #include "cpu/gemm_tile.h"
