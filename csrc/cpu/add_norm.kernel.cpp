@@ -1,12 +1,11 @@
 // add_norm.kernel.cpp - three passes over a row while it is in the first-level cache: sum, squares, output.
 #include "cpu/add_norm.h"
 
+#include "cpu/simd/partial.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
-
-constexpr int kLanes = 16;
 
 // Calls body(i, count) for every sixteen elements, and for the rest of them.
 template <typename Body>
@@ -16,20 +15,12 @@ LEPTON_INLINE void for_lanes(int n, const Body& body) {
 
 template <Dtype dtype>
 LEPTON_INLINE F32x16 load(const void* p, int i, int count) {
-  const char* from = static_cast<const char*>(p) + int64_t(i) * dtype_bytes(dtype);
-  if (count == kLanes) return load_f32<dtype>(from);
-  alignas(64) char part[kLanes * dtype_bytes(dtype)] = {};
-  __builtin_memcpy(part, from, size_t(count) * dtype_bytes(dtype));
-  return load_f32<dtype>(part);
+  return load_partial<dtype>(static_cast<const char*>(p) + int64_t(i) * dtype_bytes(dtype), count);
 }
 
 template <Dtype dtype>
 LEPTON_INLINE void store(void* p, int i, int count, F32x16 v) {
-  char* to = static_cast<char*>(p) + int64_t(i) * dtype_bytes(dtype);
-  if (count == kLanes) return store_f32<dtype>(to, v);
-  alignas(64) char part[kLanes * dtype_bytes(dtype)];
-  store_f32<dtype>(part, v);
-  __builtin_memcpy(to, part, size_t(count) * dtype_bytes(dtype));
+  store_partial<dtype>(static_cast<char*>(p) + int64_t(i) * dtype_bytes(dtype), count, v);
 }
 
 LEPTON_INLINE float sum_of_lanes(F32x16 v) {

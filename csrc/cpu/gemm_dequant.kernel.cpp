@@ -182,14 +182,8 @@ void convert_rows(const ToF32Args& args) {
   for (int r = 0; r < args.rows; ++r) {
     const char* x = static_cast<const char*>(args.x) + r * args.x_stride * dtype_bytes(dtype);
     float* out = args.out + r * args.out_stride;
-    int i = 0;
-    for (; i + 16 <= args.k; i += 16) store_f32<Dtype::f32>(out + i, load_f32<dtype>(x + i * dtype_bytes(dtype)));
-    if (i == args.k) continue;
-    alignas(64) char tail[16 * dtype_bytes(dtype)] = {};
-    float values[16];
-    __builtin_memcpy(tail, x + i * dtype_bytes(dtype), size_t(args.k - i) * dtype_bytes(dtype));
-    store_f32<Dtype::f32>(values, load_f32<dtype>(tail));
-    for (int j = i; j < args.k; ++j) out[j] = values[j - i];
+    for (int i = 0; i < args.k; i += kLanes)
+      store_partial<Dtype::f32>(out + i, args.k - i, load_partial<dtype>(x + i * dtype_bytes(dtype), args.k - i));
   }
 }
 

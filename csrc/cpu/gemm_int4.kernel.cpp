@@ -6,20 +6,18 @@
 //
 // with sum[c] = scale[c, 0] * (sum of group 0's weights) + ...; of two planes s_g = float(high) * 256 + float(low).
 #include "cpu/simd/epilogue.h"
+#include "cpu/simd/panels.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Panels side by side for one row, as in gemm_int8.kernel.cpp.
-template <int planes>
-constexpr int kVectorPanels = kDirectSums / planes < 4 ? kDirectSums / planes : 4;
-
-// The sums of both planes, or of the one there is, as a float.
-template <int planes>
-LEPTON_INLINE F32x16 join_planes(I32x16 high, I32x16 low) {
-  if constexpr (planes == 1) return to_f32(high);
-  return add(mul(to_f32(high), broadcast_f32(256)), to_f32(low));
-}
+struct GemmInt4 {
+  static constexpr int kRows = kInt4Rows, kPanels = kInt4Panels;
+  template <int planes, int rows, int panels>
+  static void multiply(const GemmTile& tile, int row, int panel0);
+  template <int planes, int panels>
+  static void multiply_tiles(const GemmTile& tile, int panel);
+};
 
 // Y[row, 16 columns] from the sum over all groups.
 template <int planes>
@@ -30,9 +28,8 @@ LEPTON_INLINE void write_output(const GemmTile& tile, int row, int panel, F32x16
   store_output(tile, row, panel, add(mul(shifted, broadcast_f32(tile.q.scale[row])), bias));
 }
 
-// `rows` of all planes, a multiple of the planes.
 template <int planes, int rows, int panels>
-LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
+LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0) {
   const PackedWeight& weight = tile.weight;
   const int64_t panel_bytes = weight.panel_bytes(), stride = tile.q.stride;
   const int groups = weight.groups();
@@ -79,26 +76,6 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
       write_output<planes>(tile, row / planes + r, panel0 + p, y[p][r], column_sum, bias);
     });
   });
-}
-
-template <int planes, int kRows, int panels>
-LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
-  for (; panel + panels <= tile.panel_end; panel += panels)
-    for_row_blocks<kRows, planes>(tile.rows * planes,
-                                  [&]<int rows>(int row) { multiply<planes, rows, panels>(tile, row, panel); });
-  return panel;
-}
-
-template <int planes>
-void multiply_vectors(const GemmTile& tile) {
-  int panel = tile.panel_begin;
-  if (tile.rows == 1) {
-    panel = multiply_panels<planes, planes, kVectorPanels<planes>>(tile, panel);
-    multiply_panels<planes, planes, 1>(tile, panel);
-    return;
-  }
-  panel = multiply_panels<planes, kInt4Rows, kInt4Panels>(tile, panel);
-  if constexpr (kInt4Panels > 1) multiply_panels<planes, kInt4Rows, 1>(tile, panel);
 }
 
 #if defined(LEPTON_ISA_AMX)
@@ -157,7 +134,7 @@ LEPTON_INLINE void add_groups(const int32_t* const* sums, const float* const* sc
   for (int i = 0; i < kTileSums; i += kPanel) {
     F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + i);
     for (int g = 0; g < groups; ++g) {
-      const F32x16 part = join_planes<planes>(load_i32(sums[g] + i), load_i32(sums[g] + plane_step + i));
+      const F32x16 part = join_planes<planes>(load_i32(sums[g] + i), load_i32(sums[g] + (planes - 1) * plane_step + i));
       sum = add(sum, mul(part, load_f32<Dtype::f32>(scales[g])));
     }
     store_f32<Dtype::f32>(y + i, sum);
@@ -189,7 +166,7 @@ LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int grou
 }
 
 template <int planes, int panels>
-LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
+LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel) {
   alignas(64) uint8_t block[panels][kStepBlock * kTileBytes];
   alignas(64) int32_t group_sums[kStepBlock][kTilePairSums];
   Piece pieces[kStepBlock];
@@ -224,24 +201,10 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
     }
   }
 }
-
-template <int planes>
-void multiply_tiles(const GemmTile& tile) {
-  const TileScope registers;
-  int panel = tile.panel_begin;
-  for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<planes, kTilePanels>(tile, panel);
-  if (panel < tile.panel_end) multiply_tiles<planes, 1>(tile, panel);
-}
 #endif
 
 }  // namespace
 
-void gemm_int4_tile(const GemmTile& tile) {
-#if defined(LEPTON_ISA_AMX)
-  if (tile.q.layout == RowLayout::tiles) return tile.q.planes == 1 ? multiply_tiles<1>(tile) : multiply_tiles<2>(tile);
-#endif
-  if (tile.q.planes == 1) return multiply_vectors<1>(tile);
-  if constexpr (splits_activations(Isa::LEPTON_ISA)) multiply_vectors<2>(tile);
-}
+void gemm_int4_tile(const GemmTile& tile) { multiply_tile<GemmInt4>(tile); }
 
 }  // namespace lepton::LEPTON_ISA

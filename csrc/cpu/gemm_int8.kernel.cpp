@@ -6,13 +6,18 @@
 //
 // Sums stay in registers over the whole of k, so Y is written once and nothing else is.
 #include "cpu/simd/epilogue.h"
+#include "cpu/simd/panels.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Panels side by side for one row: enough sums in flight, at most four streams of weights.
-template <int planes>
-constexpr int kVectorPanels = kDirectSums / planes < 4 ? kDirectSums / planes : 4;
+struct GemmInt8 {
+  static constexpr int kRows = kInt8Rows, kPanels = kInt8Panels;
+  template <int planes, int rows, int panels>
+  static void multiply(const GemmTile& tile, int row, int panel0);
+  template <int planes, int panels>
+  static void multiply_tiles(const GemmTile& tile, int panel);
+};
 
 // Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
 template <int planes>
@@ -21,19 +26,18 @@ LEPTON_INLINE void write_output(const GemmTile& tile, int row, int rows, int pan
   const I32x16 column_sum = load_i32(tile.weight.sum_i32(panel));
   const F32x16 scale = load_f32<Dtype::f32>(tile.weight.scale(panel)), bias = load_bias(tile, panel);
   for (int r = row; r < row + rows; ++r, sums += row_step) {
-    const int32_t* zero = tile.q.zero + r * planes;
-    F32x16 sum = to_f32(sub(load_i32(sums), mul(broadcast_i32(zero[0]), column_sum)));
-    if constexpr (planes == 2) {
-      const F32x16 low = to_f32(sub(load_i32(sums + plane_step), mul(broadcast_i32(zero[1]), column_sum)));
-      sum = add(mul(sum, broadcast_f32(256)), low);
-    }
+    I32x16 exact[planes];
+    unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
+      const I32x16 zero = broadcast_i32(tile.q.zero[r * planes + plane]);
+      exact[plane] = sub(load_i32(sums + plane * plane_step), mul(zero, column_sum));
+    });
+    const F32x16 sum = join_planes<planes>(exact[0], exact[planes - 1]);
     store_output(tile, r, panel, add(mul(sum, mul(broadcast_f32(tile.q.scale[r]), scale)), bias));
   }
 }
 
-// `rows` of all planes, a multiple of the planes.
 template <int planes, int rows, int panels>
-LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
+LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), stride = tile.q.stride;
   const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.panel(panel0));
   const uint8_t* a = tile.q.q + row * stride;
@@ -59,32 +63,12 @@ LEPTON_INLINE void multiply(const GemmTile& tile, int row, int panel0) {
     write_output<planes>(tile, row / planes, rows / planes, panel0 + p, sums[p * rows], planes * kPanel, kPanel);
 }
 
-template <int planes, int kRows, int panels>
-LEPTON_INLINE int multiply_panels(const GemmTile& tile, int panel) {
-  for (; panel + panels <= tile.panel_end; panel += panels)
-    for_row_blocks<kRows, planes>(tile.rows * planes,
-                                  [&]<int rows>(int row) { multiply<planes, rows, panels>(tile, row, panel); });
-  return panel;
-}
-
-template <int planes>
-void multiply_vectors(const GemmTile& tile) {
-  int panel = tile.panel_begin;
-  if (tile.rows == 1) {
-    panel = multiply_panels<planes, planes, kVectorPanels<planes>>(tile, panel);
-    multiply_panels<planes, planes, 1>(tile, panel);
-    return;
-  }
-  panel = multiply_panels<planes, kInt8Rows, kInt8Panels>(tile, panel);
-  if constexpr (kInt8Panels > 1) multiply_panels<planes, kInt8Rows, 1>(tile, panel);
-}
-
 #if defined(LEPTON_ISA_AMX)
 // Steps of k whose weights, of two panels, stay in the first-level cache (16 KiB) while all rows of the tile pass by.
 constexpr int kStepBlock = 8;
 
 template <int planes, int panels>
-LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
+LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
   const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
@@ -118,24 +102,10 @@ LEPTON_INLINE void multiply_tiles(const GemmTile& tile, int panel) {
     }
   }
 }
-
-template <int planes>
-void multiply_tiles(const GemmTile& tile) {
-  const TileScope registers;
-  int panel = tile.panel_begin;
-  for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels) multiply_tiles<planes, kTilePanels>(tile, panel);
-  if (panel < tile.panel_end) multiply_tiles<planes, 1>(tile, panel);
-}
 #endif
 
 }  // namespace
 
-void gemm_int8_tile(const GemmTile& tile) {
-#if defined(LEPTON_ISA_AMX)
-  if (tile.q.layout == RowLayout::tiles) return tile.q.planes == 1 ? multiply_tiles<1>(tile) : multiply_tiles<2>(tile);
-#endif
-  if (tile.q.planes == 1) return multiply_vectors<1>(tile);
-  if constexpr (splits_activations(Isa::LEPTON_ISA)) multiply_vectors<2>(tile);
-}
+void gemm_int8_tile(const GemmTile& tile) { multiply_tile<GemmInt8>(tile); }
 
 }  // namespace lepton::LEPTON_ISA

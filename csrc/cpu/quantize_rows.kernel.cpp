@@ -2,6 +2,7 @@
 #include "cpu/quantize_rows.h"
 
 #include "cpu/packed_weight.h"
+#include "cpu/simd/partial.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -9,7 +10,6 @@ namespace {
 
 static_assert(kQuadBytes == quad_bytes(Isa::LEPTON_ISA));
 
-constexpr int kLanes = 16;
 constexpr int kChains = 4;                    // vectors side by side, which hide the latency of a minimum
 constexpr float kSmallestNormal = 0x1p-126f;  // below it 1 / scale could overflow: such a row counts as zeros
 
@@ -24,12 +24,7 @@ constexpr int kLevels = planes == 1 ? 255 : 65535;  // the largest q
 // Sixteen elements from x[i]; those past k read as 0.
 template <Dtype dtype>
 LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
-  constexpr int bytes = dtype_bytes(dtype);
-  if (i + kLanes <= k) return load_f32<dtype>(x + int64_t(i) * bytes);
-  if (i >= k) return broadcast_f32(0);
-  alignas(64) char tail[kLanes * bytes] = {};
-  __builtin_memcpy(tail, x + int64_t(i) * bytes, size_t(k - i) * bytes);
-  return load_f32<dtype>(tail);
+  return i < k ? load_partial<dtype>(x + int64_t(i) * dtype_bytes(dtype), k - i) : broadcast_f32(0);
 }
 
 template <Dtype dtype, int planes>
@@ -97,7 +92,7 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, con
   if constexpr (kVector == kLanes) {  // whole blocks of 64 bytes
     static_assert(kTileStep == kChains * kLanes);
     const int whole = range.scale == range.scale ? k / kTileStep * kTileStep : 0;
-    for (int64_t at = 0; i < whole; i += kTileStep, at += quads ? kTileStep : step) {
+    for (int64_t at = 0; i < whole; i += kTileStep, at += step) {
       I32x16 bytes[2][kChains];  // less 128
       unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE {
         const F32x16 v = load_f32<dtype>(x + int64_t(i + c * kLanes) * dtype_bytes(dtype));

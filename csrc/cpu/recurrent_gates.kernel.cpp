@@ -5,6 +5,7 @@
 // Divisions cost the most: where a sigmoid multiplies a tanh they share one.
 #include "cpu/recurrent_gates.h"
 
+#include "cpu/simd/activate.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -22,13 +23,9 @@ LEPTON_INLINE F32x16 expm1(F32x16 v) {
   const F32x16 whole = to_f32(n);
   F32x16 r = sub(v, mul(whole, broadcast_f32(0.693359375f)));
   r = sub(r, mul(whole, broadcast_f32(-2.12194440e-4f)));
-  F32x16 p = broadcast_f32(1.9875691500e-4f);
-  p = add(mul(p, r), broadcast_f32(1.3981999507e-3f));
-  p = add(mul(p, r), broadcast_f32(8.3334519073e-3f));
-  p = add(mul(p, r), broadcast_f32(4.1665795894e-2f));
-  p = add(mul(p, r), broadcast_f32(1.6666665459e-1f));
-  p = add(mul(p, r), broadcast_f32(5.0000001201e-1f));
-  p = add(mul(mul(p, r), r), r);
+  const F32x16 series = polynomial(
+      r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+  const F32x16 p = add(mul(mul(series, r), r), r);
   const F32x16 power = as_f32(shift_left<23>(add(n, broadcast_i32(127))));
   return add(mul(power, p), sub(power, broadcast_f32(1)));
 }

@@ -4,6 +4,7 @@
 
 #include "cpu/gemm_tile.h"
 #include "cpu/simd/activate.h"
+#include "cpu/simd/partial.h"
 #include "cpu/simd/simd.h"
 
 namespace lepton::LEPTON_ISA {
@@ -11,20 +12,16 @@ namespace {
 
 // The bias of one panel; zeros past n or without a bias.
 LEPTON_INLINE F32x16 load_bias(const GemmTile& tile, int panel) {
-  float values[kPanel] = {};
-  if (tile.bias == nullptr) return load_f32<Dtype::f32>(values);
-  const int n0 = panel * kPanel, count = tile.weight.n - n0;
-  if (count >= kPanel) return load_f32<Dtype::f32>(tile.bias + n0);
-  for (int c = 0; c < count; ++c) values[c] = tile.bias[n0 + c];
-  return load_f32<Dtype::f32>(values);
+  if (tile.bias == nullptr) return broadcast_f32(0);
+  const int n0 = panel * kPanel;
+  return load_partial<Dtype::f32>(tile.bias + n0, tile.weight.n - n0);
 }
 
-template <Dtype dtype>
-LEPTON_INLINE void store_columns(char* y, int count, F32x16 v) {
-  if (count >= kPanel) return store_f32<dtype>(y, v);
-  alignas(64) char values[kPanel * dtype_bytes(dtype)];
-  store_f32<dtype>(values, v);
-  for (int b = 0; b < count * dtype_bytes(dtype); ++b) y[b] = values[b];
+// The exact sums of both planes, or of the one there is, as a float.
+template <int planes>
+LEPTON_INLINE F32x16 join_planes(I32x16 high, I32x16 low) {
+  if constexpr (planes == 1) return to_f32(high);
+  return add(mul(to_f32(high), broadcast_f32(256)), to_f32(low));
 }
 
 LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16 v) {
@@ -33,11 +30,11 @@ LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16
   char* y = static_cast<char*>(tile.y) + (row * tile.y_stride + n0) * dtype_bytes(tile.y_dtype);
   switch (tile.y_dtype) {
     case Dtype::f32:
-      return store_columns<Dtype::f32>(y, count, v);
+      return store_partial<Dtype::f32>(y, count, v);
     case Dtype::bf16:
-      return store_columns<Dtype::bf16>(y, count, v);
+      return store_partial<Dtype::bf16>(y, count, v);
     case Dtype::f16:
-      return store_columns<Dtype::f16>(y, count, v);
+      return store_partial<Dtype::f16>(y, count, v);
   }
 }
 
