@@ -25,7 +25,7 @@ SCHEMES = ("w8a8", "w8a16", "w4a8", "w4a16")
 ERROR = {32: 1e-5, 16: 0.01, 8: 0.04, 4: 0.15}  # allowed, relative to the float32 product, by bits of a normal weight
 COPIES = 1 + CALLS[0]  # of the weights of a contender that reads them from memory: one to warm up
 EVICT_BYTES = min(6 * roof.cache_kib(3) * 1024 // 5, 1 << 30)
-ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 1024]  # 17: one past a tile
+ROWS = [1, 2, 4, 8, 16, 17, 32, 33, 64, 128, 256, 1024]  # 17, 33: one past a tile
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def cases(size: str) -> list[Case]:
         ]  # fmt: skip
     if size == "full":
         shapes = [LLM, UP, DOWN, *MINILM, *BASE]
-        rows = sorted({*ROWS, 33, 4096})
+        rows = [*ROWS, 4096]
         warm = [Case(*shape, m, dtype) for shape in shapes for dtype in (FLOAT32, BFLOAT16) for m in rows]
         return [*warm, *(Case(*shape, 1, dtype, True) for shape in (LLM, UP, DOWN) for dtype in (FLOAT32, BFLOAT16))]
     if size != "default":

@@ -52,7 +52,16 @@ def weights_in(weight_bytes: int, cold: bool, threads: int) -> str:
 def rows_of(runs: list[Run], limits: dict) -> list[Row]:
     """A row for each of our schemes in each run, by number of threads."""
     rows: list[Row] = []
-    row_costs: dict[tuple, float] = {}  # of the last m of a shape; runs of a shape go up in m
+
+    def key(info: dict, m: int, threads: int) -> tuple:
+        return info["scheme"], info["n"], info["k"], m, info["dtype"], info["cold"], threads
+
+    seconds = {
+        key(info, info["m"], run.threads): run.medians[name]
+        for run in runs
+        for name, info in run.infos.items()
+        if info["library"] == "lepton"
+    }
     for run in runs:
         for name, info in run.infos.items():
             if info["library"] != "lepton":
@@ -65,14 +74,12 @@ def rows_of(runs: list[Run], limits: dict) -> list[Row]:
                 for peer, other in run.infos.items()
                 if other["library"] != "lepton" and other["full"] and other["bits"] >= info["bits"]
             }
-            shape = info["scheme"], info["n"], info["k"], info["dtype"], info["cold"], run.threads
             rows.append(Row(
                 run.case, info["scheme"], info["group"], info["n"], info["k"], info["m"], info["dtype"], info["cold"],
                 run.threads,
                 run.medians[name], max(2 * info["m"] * info["n"] * info["k"] / peak, info["weight_bytes"] / bandwidth),
-                place, info["weight_bytes"], info["error"], peers, row_costs.get(shape),
+                place, info["weight_bytes"], info["error"], peers, seconds.get(key(info, info["m"] - 1, run.threads)),
             ))  # fmt: skip
-            row_costs[shape] = run.medians[name] / info["m"]
     return rows
 
 

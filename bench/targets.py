@@ -37,7 +37,7 @@ class Row:
     weight_bytes: int
     error: float
     peers: dict[str, Peer]
-    row_cost_before: float | None  # seconds a row of X at the next smaller m of this shape
+    seconds_before: float | None  # of the case with one row of X less
 
     @property
     def title(self) -> str:
@@ -66,8 +66,8 @@ class Row:
 
     @property
     def row_cost_drop(self) -> float | None:
-        """Time a row of X at the next smaller m / the same here: below 1 at a step up."""
-        return None if self.row_cost_before is None else self.row_cost_before / (self.seconds / self.m)
+        """Time a row of X with one row less / the same here: below 1 where the last row costs more than the others."""
+        return None if self.seconds_before is None else self.seconds_before / (self.m - 1) / (self.seconds / self.m)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,10 @@ def _efficiency(row: Row) -> float:
     return row.efficiency
 
 
+# Past a tile's last row time may grow as M does, when each row costs the same, and by this for the noise between two
+# cases. A second tile at full price, where one was enough, is 2 x.
+STEP = 1.1
+
 TARGETS = [
     Target("never slower than torch's fastest float path", lambda r: True, lambda r: r.faster(_torch_dense), 1.0),
     Target("never behind a peer with as many bits a weight or more", lambda r: True, lambda r: r.faster(), 1.0),
@@ -103,8 +107,8 @@ TARGETS = [
            lambda r: r.m == 1 and r.weights_in == "memory", _efficiency, 0.93),
     Target("M = 2..8: efficiency >= 0.78", lambda r: 2 <= r.m <= 8, _efficiency, 0.78),
     Target("M = 16..32: efficiency >= 0.85", lambda r: 16 <= r.m <= 32, _efficiency, 0.85),
-    Target("M = 2..32: a row costs no more than at the next smaller M (no step up at a tile)",
-           lambda r: 2 <= r.m <= 32, lambda r: r.row_cost_drop, 1.0),
+    Target("M = 17, 33: time <= 1.1 x M / (M - 1) x that of M - 1 (no step up at a tile)",
+           lambda r: r.m in (17, 33), lambda r: r.row_cost_drop, 1 / STEP),
     Target("M >= 64, int8 activations: efficiency >= 0.88",
            lambda r: r.m >= 64 and r.scheme.endswith("a8"), _efficiency, 0.88),
     Target("M >= 64, float activations: >= 0.85 of the fastest float peak",

@@ -18,12 +18,15 @@ def matches(selector: Selector, name: str, module: nn.Module) -> bool:
     return bool(selector(name, module))
 
 
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """named_children, a module that stands at several places at all of them."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def sites_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     """(parent, attribute, full name, module) of every submodule, shared ones at each place."""
     for prefix, parent in model.named_modules():
-        for attribute, child in parent._modules.items():  # named_children leaves out a second place
-            if child is None:
-                continue
+        for attribute, child in children_of(parent):
             yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
 
 

@@ -115,18 +115,16 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
     if not isinstance(old, (nn.Linear, QuantLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
     scheme, activation = QuantScheme(**spec["scheme"]), spec.get("activation", "none")
-    fused = (
-        isinstance(old, QuantLinear) and old.activation_is_fused
-    )  # what computed the activation is not there any more
+    # What computed the activation before fuse_ is not there any more: the layer has to keep it.
+    fused = isinstance(old, QuantLinear) and old.activation_is_fused
     if fused and activation != "none":
         raise TypeError(
             f"one with activation {activation!r} in the file and fused with {old.activation!r} in the model"
         )
     if fused:
         activation = old.activation
-    if isinstance(old, QuantLinear) and (old.scheme, old.bias is not None, old.activation) == (
-        scheme, spec["bias"], activation,
-    ):  # fmt: skip
+    wanted = scheme, spec["bias"], activation
+    if isinstance(old, QuantLinear) and (old.scheme, old.bias is not None, old.activation) == wanted:
         return old
     layer = QuantLinear(old.in_features, old.out_features, spec["bias"], scheme, "meta", activation)
     layer.activation_is_fused = fused

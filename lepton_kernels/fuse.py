@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lepton_kernels._select import children_of, sites_of
 from lepton_kernels.nn import FusedFeedForward, FusedResidualNorm, QuantLinear
 from lepton_kernels.nn.fused import FusedActivation, FusedElsewhere, activation_name
 from lepton_kernels.nn.quant_linear import SharedInput
@@ -79,17 +80,12 @@ def _hooked(*modules: nn.Module) -> bool:
     )
 
 
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """named_children, a module that stands at several places at all of them."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
 def _fuse_sequences(model: nn.Module, report: FuseReport) -> None:
-    uses = Counter(id(child) for parent in model.modules() for _, child in _children(parent))
+    uses = Counter(id(module) for _, _, _, module in sites_of(model))
     for prefix, sequence in model.named_modules():
         if type(sequence) is not nn.Sequential:
             continue
-        for (name, layer), (place, after) in pairwise(_children(sequence)):
+        for (name, layer), (place, after) in pairwise(children_of(sequence)):
             if not isinstance(layer, QuantLinear) or layer.activation != "none" or isinstance(after, QuantLinear):
                 continue
             activation = activation_name(after) if not after.state_dict() and not _hooked(after) else None
@@ -145,28 +141,26 @@ def _reason_to_skip(child: nn.Module, norm: nn.LayerNorm) -> str | None:
 
 
 def _fuse_blocks(model: nn.Module, report: FuseReport) -> None:
-    for prefix, parent in list(model.named_modules()):
-        for name, child in _children(parent):
-            parts = _half(child)
-            if parts is None:
+    for parent, name, full, child in list(sites_of(model)):
+        parts = _half(child)
+        if parts is None:
+            continue
+        reason = _reason_to_skip(child, parts[2])
+        if reason:
+            report.skipped.append((full, reason))
+            continue
+        if name == "output" and hasattr(parent, "feed_forward_chunk"):
+            if _fuse_feed_forward(parent, parts):
+                report.rows.append((full, "feed-forward + residual + layer norm", 2))
                 continue
-            full = f"{prefix}.{name}" if prefix else name
-            reason = _reason_to_skip(child, parts[2])
-            if reason:
-                report.skipped.append((full, reason))
-                continue
-            if name == "output" and hasattr(parent, "feed_forward_chunk"):
-                if _fuse_feed_forward(parent, parts):
-                    report.rows.append((full, "feed-forward + residual + layer norm", 2))
-                    continue
-                report.skipped.append((full, "the activation before it: its feed-forward half computes something else"))
-            dense, _, norm = parts
-            fused = FusedResidualNorm(*parts).eval()
-            if _agree(child, fused, _probe(dense.in_features, norm.weight), _probe(dense.out_features, norm.weight)):
-                setattr(parent, name, fused)
-                report.rows.append((full, "linear + residual + layer norm", 1))
-            else:
-                report.skipped.append((full, "it computes something else than LayerNorm(dense(x) + residual)"))
+            report.skipped.append((full, "the activation before it: its feed-forward half computes something else"))
+        dense, _, norm = parts
+        fused = FusedResidualNorm(*parts).eval()
+        if _agree(child, fused, _probe(dense.in_features, norm.weight), _probe(dense.out_features, norm.weight)):
+            setattr(parent, name, fused)
+            report.rows.append((full, "linear + residual + layer norm", 1))
+        else:
+            report.skipped.append((full, "it computes something else than LayerNorm(dense(x) + residual)"))
 
 
 def _fuse_feed_forward(parent: Any, parts: _Half) -> bool:
@@ -175,7 +169,7 @@ def _fuse_feed_forward(parent: Any, parts: _Half) -> bool:
     if not isinstance(intermediate, nn.Module) or _hooked(intermediate):
         return False
     expand = getattr(intermediate, "dense", None)
-    others = [child for name, child in _children(intermediate) if name != "dense"]
+    others = [child for name, child in children_of(intermediate) if name != "dense"]
     if type(expand) is not QuantLinear or expand.activation != "none" or len(others) != 1 or others[0].state_dict():
         return False
     activation = activation_name(others[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lepton_kernels._backends import kernel_name
+from lepton_kernels._backends import kernel_name, recurrent_kernel_name
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
@@ -81,10 +81,10 @@ def _quantized(module: Any, scheme: QuantScheme) -> tuple[nn.Module, str, str]:
     """(the replacement, the name of its scheme, the kernel that serves it)."""
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.from_embedding(module), "int8", "torch"
-    kernel = kernel_name(scheme.name, str(next(module.parameters()).device.type))
     if isinstance(module, nn.Linear):
+        kernel = kernel_name(scheme.name, module.weight.device.type)
         return QuantLinear.from_linear(module, scheme), scheme.name, kernel
-    return recurrent.from_float(module), scheme.name, kernel.replace("gemm_int8", "recurrent")
+    return recurrent.from_float(module), scheme.name, recurrent_kernel_name()
 
 
 def _reason_to_skip(

@@ -15,7 +15,7 @@ namespace lepton {
 constexpr int kPrefetchBytes = 4096;
 constexpr int kDirectRows = 4;  // gemm_dequant uses weights from registers for so few rows, without a buffer
 
-// Y[rows, columns of the panels] = X @ dequant(W)^T + bias for panels [panel_begin, panel_end).
+// Y[rows, columns of the panels] = activation(X @ dequant(W)^T + bias) for panels [panel_begin, panel_end).
 struct GemmTile {
   PackedWeight weight;
   int panel_begin, panel_end;

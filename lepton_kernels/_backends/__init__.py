@@ -11,3 +11,8 @@ def kernel_name(scheme: str, device: str) -> str:
     if scheme.endswith("a16") and not C.splits_activations():
         kernel = "gemm_dequant"
     return f"{kernel}[{C.isa()}]"
+
+
+def recurrent_kernel_name() -> str:
+    """What serves recurrent layers, on the CPU alone, as the reports show it."""
+    return f"recurrent[{C.isa()}]"
