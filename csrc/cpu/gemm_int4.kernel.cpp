@@ -16,7 +16,7 @@ struct GemmInt4 {
   template <int planes, int rows, int panels>
   static void multiply(const GemmTile& tile, int row, int panel0);
   template <int planes, int panels>
-  static void multiply_tiles(const GemmTile& tile, int panel);
+  static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end);
 };
 
 // Y[row, 16 columns] from the sum over all groups.
@@ -127,46 +127,53 @@ LEPTON_INLINE int unpack_block(const PackedWeight& weight, int panel, int& group
   return count;
 }
 
-// y[16][16] += the exact sums of groups that follow each other, scaled: sums[i] with scales[i].
-template <int planes>
-LEPTON_INLINE void add_groups(const int32_t* const* sums, const float* const* scales, int groups, int plane_step,
-                              bool first, float* y) {
-  for (int i = 0; i < kTileSums; i += kPanel) {
-    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + i);
-    for (int g = 0; g < groups; ++g) {
-      const F32x16 part = join_planes<planes>(load_i32(sums[g] + i), load_i32(sums[g] + (planes - 1) * plane_step + i));
-      sum = add(sum, mul(part, load_f32<Dtype::f32>(scales[g])));
-    }
-    store_f32<Dtype::f32>(y + i, sum);
-  }
-}
+// The groups that a block of pieces ended, for a pair of row tiles: their exact sums on the way into Y.
+struct EndedGroups {
+  int panel, pair;
+  int group, groups;  // groups from `group` on
+};
 
-// Adds the groups that a block of pieces ended to the sums of a pair of row tiles, and after the last group writes Y.
-template <int planes, int panels>
-LEPTON_INLINE void add_pair(const GemmTile& tile, int pair, int panel0, int group, int groups,
-                            const int32_t (*group_sums)[kTilePairSums], float* y) {
-  const PackedWeight& weight = tile.weight;
-  for (int p = 0; p < panels; ++p) {
-    const int panel = panel0 + p;
-    for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
-      const int place = (row_tile * panels + p) * kTileSums;
-      const int32_t* sums[kStepBlock];
-      const float* scales[kStepBlock];
-      for (int g = 0; g < groups; ++g) {
-        sums[g] = group_sums[g] + place;
-        scales[g] = weight.scale(panel, group + g);
-      }
-      add_groups<planes>(sums, scales, groups, panels * kTileSums, group == 0, y + place);
-      if (group + groups < weight.groups()) return;
-      const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(weight.sum_f32(panel));
-      for (int r = 0; r < rows; ++r)
-        write_output<planes>(tile, row + r, panel, load_f32<Dtype::f32>(y + place + r * kPanel), column_sum, bias);
+// y[rows][16] = (y, or 0 at first) + the exact sums of `groups` groups, kTilePairSums apart, scaled.
+template <int planes, int groups>
+LEPTON_INLINE void add_rows(const int32_t* sums, int plane_step, const float* scales, int rows, bool first, float* y) {
+  F32x16 scale[groups];
+  unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE { scale[g] = load_f32<Dtype::f32>(scales + g * kPanel); });
+  for (int r = 0; r < rows; ++r, sums += kPanel, y += kPanel) {
+    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
+    unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE {
+      const int32_t* const high = sums + g * kTilePairSums;
+      const F32x16 part = join_planes<planes>(load_i32(high), load_i32(high + (planes - 1) * plane_step));
+      sum = add(sum, mul(part, scale[g]));
     });
+    store_f32<Dtype::f32>(y, sum);
   }
 }
 
+// Adds ended groups to the pair's sums in y, and after the last group writes Y.
 template <int planes, int panels>
-LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel) {
+LEPTON_INLINE void add_groups(const GemmTile& tile, const EndedGroups& ended, const int32_t* group_sums, float* y) {
+  constexpr int kPlaneStep = panels * kTileSums, kTogether = 4;
+  if (ended.groups == 0) return;  // a block in the middle of a group
+  const PackedWeight& weight = tile.weight;
+  for_tiles_of_pair<planes, panels>(
+      tile.rows, ended.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
+        const int panel = ended.panel + p, end = ended.group + ended.groups;
+        const int32_t* sums = group_sums + place;
+        float* const sum = y + place;
+        int g = ended.group;
+        for (; g + kTogether <= end; g += kTogether, sums += kTogether * kTilePairSums)
+          add_rows<planes, kTogether>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
+        for (; g < end; ++g, sums += kTilePairSums)
+          add_rows<planes, 1>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
+        if (end < weight.groups()) return;
+        const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(weight.sum_f32(panel));
+        for (int r = 0; r < rows; ++r)
+          write_output<planes>(tile, row + r, panel, load_f32<Dtype::f32>(sum + r * kPanel), column_sum, bias);
+      });
+}
+
+template <int planes, int panels>
+LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
   alignas(64) uint8_t block[panels][kStepBlock * kTileBytes];
   alignas(64) int32_t group_sums[kStepBlock][kTilePairSums];
   Piece pieces[kStepBlock];
@@ -175,31 +182,42 @@ LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel) {
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
   int32_t* const kept_sums = static_cast<int32_t*>(tile.scratch);
   float* const y_sums = reinterpret_cast<float*>(kept_sums + int64_t(pairs) * kTilePairSums);
-  for (int group = 0, step = 0; group < weight.groups();) {
-    const int first_group = group, count = unpack_block<panels>(weight, panel, group, step, block, pieces);
-    const bool last_block = group == weight.groups();
-    TilePrefetch prefetch{
-        last_block ? weight.panel(panel + panels) : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
-        weight.panel_bytes(), pairs == 1 ? 0 : divide_up(kTileRows / 2, pairs)};
-    for (int pair = 0; pair < pairs; ++pair) {
-      int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
-      for (int i = 0; i < count; ++i) {
-        const Piece& piece = pieces[i];
-        const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
-        const uint8_t* w = block[0] + piece.place * kTileBytes;
-        const int32_t* const before = piece.first ? nullptr : kept;
-        int32_t* const sums = piece.last ? group_sums[i] : kept;
-        if (2 * pair + 1 < row_tiles)
-          tile_multiply<true, 2, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
-        else
-          tile_multiply<true, 1, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, sums, prefetch);
-        prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
+  int32_t* finished = nullptr;  // where the sums go that are still in the tiles
+  EndedGroups ended{};          // of the pair before
+  const auto add_ended = [&] {
+    add_groups<planes, panels>(tile, ended, group_sums[0], y_sums + int64_t(ended.pair) * kTilePairSums);
+  };
+  for (int panel = panel_begin; panel < panel_end; panel += panels) {
+    for (int group = 0, step = 0; group < weight.groups();) {
+      const int first_group = group, count = unpack_block<panels>(weight, panel, group, step, block, pieces);
+      const bool last_block = group == weight.groups();
+      TilePrefetch prefetch{
+          last_block ? weight.panel(panel + panels) : weight.panel(panel) + int64_t(step) * (kTileBytes / 2),
+          weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
+      for (int pair = 0; pair < pairs; ++pair) {
+        int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+        int ended_groups = 0;
+        for (int i = 0; i < count; ++i) {
+          const Piece& piece = pieces[i];
+          const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
+          const uint8_t* w = block[0] + piece.place * kTileBytes;
+          const int32_t* const before = piece.first ? nullptr : kept;
+          if (2 * pair + 1 < row_tiles)
+            tile_multiply<true, 2, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, finished,
+                                           prefetch);
+          else
+            tile_multiply<true, 1, panels>(a, tile_stride, w, sizeof(block[0]), piece.steps, before, finished,
+                                           prefetch);
+          prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
+          if (i == 0) add_ended();  // now that the first product has stored the last of its sums
+          finished = piece.last ? group_sums[ended_groups++] : kept;
+        }
+        ended = {panel, pair, first_group, ended_groups};
       }
-      if (group == first_group) continue;  // a block in the middle of a group
-      add_pair<planes, panels>(tile, pair, panel, first_group, group - first_group, group_sums,
-                               y_sums + int64_t(pair) * kTilePairSums);
     }
   }
+  tile_store_sums<panels>(finished);
+  add_ended();
 }
 #endif
 

@@ -16,7 +16,7 @@ struct GemmInt8 {
   template <int planes, int rows, int panels>
   static void multiply(const GemmTile& tile, int row, int panel0);
   template <int planes, int panels>
-  static void multiply_tiles(const GemmTile& tile, int panel);
+  static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end);
 };
 
 // Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
@@ -64,11 +64,11 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
 }
 
 #if defined(LEPTON_ISA_AMX)
-// Steps of k whose weights, of two panels, stay in the first-level cache (16 KiB) while all rows of the tile pass by.
-constexpr int kStepBlock = 8;
+// Steps of k whose weights, of two panels, stay in the first-level cache (32 KiB) while all rows of the tile pass by.
+constexpr int kStepBlock = 16;
 
 template <int planes, int panels>
-LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel) {
+LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
   const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
@@ -76,31 +76,42 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel) {
   const int step_block = divide_up(steps, blocks);
   int32_t* const last_sums = static_cast<int32_t*>(tile.scratch);
   int32_t* const kept_sums = last_sums + kTilePairSums;
-  for (int step = 0; step < steps; step += step_block) {
-    const int count = steps - step < step_block ? steps - step : step_block;
-    const bool last = step + count == steps;
-    const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
-    // Of this panel the next block, or the first one of those that come after it.
-    TilePrefetch prefetch{last ? tile.weight.panel(panel + panels) : w + int64_t(count) * kTileBytes, panel_bytes,
-                          once ? 0 : divide_up(kTileRows, pairs)};
-    for (int pair = 0; pair < pairs; ++pair) {
-      const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
-      int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
-      const int32_t* const before = step == 0 ? nullptr : kept;
-      int32_t* const sums = last ? last_sums : kept;
-      if (2 * pair + 1 < row_tiles)
-        tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, sums, prefetch);
-      else
-        tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, sums, prefetch);
-      prefetch.next += int64_t(count) * prefetch.lines * 64;
-      if (!last) continue;
-      for (int p = 0; p < panels; ++p)
-        for_tiles_of_pair<planes>(tile.rows, pair, [&](int row, int rows, int row_tile) LEPTON_LAMBDA_INLINE {
-          write_output<planes>(tile, row, rows, panel + p, sums + (row_tile * panels + p) * kTileSums, kPanel,
-                               panels * kTileSums);
+  struct {
+    int32_t* sums;
+    int panel, pair;
+    bool last;
+  } previous{};  // the product whose sums are still in the tiles
+  const auto write_previous = [&] {
+    if (!previous.last) return;
+    for_tiles_of_pair<planes, panels>(
+        tile.rows, previous.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
+          write_output<planes>(tile, row, rows, previous.panel + p, last_sums + place, kPanel, panels * kTileSums);
         });
+  };
+  for (int panel = panel_begin; panel < panel_end; panel += panels) {
+    for (int step = 0; step < steps; step += step_block) {
+      const int count = steps - step < step_block ? steps - step : step_block;
+      const bool last = step + count == steps;
+      const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
+      // Of this panel the next block, or the first one of those that come after it.
+      TilePrefetch prefetch{last ? tile.weight.panel(panel + panels) : w + int64_t(count) * kTileBytes, panel_bytes,
+                            once ? 0 : divide_up(kTileRows, pairs)};
+      for (int pair = 0; pair < pairs; ++pair) {
+        const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
+        int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+        const int32_t* const before = step == 0 ? nullptr : kept;
+        if (2 * pair + 1 < row_tiles)
+          tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+        else
+          tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+        prefetch.next += int64_t(count) * prefetch.lines * 64;
+        write_previous();
+        previous = {last ? last_sums : kept, panel, pair, last};
+      }
     }
   }
+  tile_store_sums<panels>(previous.sums);
+  write_previous();
 }
 #endif
 

@@ -61,51 +61,66 @@ struct TilePrefetch {
   int lines;  // of each panel, each step
 };
 
-// sums[2][panels][16][16] = before + A @ W over `steps` steps of k; before: the same, or null for zeros. A: layout
+// Gives a tile of sums to a product: out with those of the product before, in with what this one starts from.
+template <int tile>
+LEPTON_INLINE void tile_exchange(int32_t* finished, const int32_t* before) {
+  if (finished != nullptr) tile_store<tile>(finished);
+  if (before != nullptr)
+    tile_load<tile>(before);
+  else
+    tile_zero<tile>();
+}
+
+// Stores the sums [2][panels][16][16] of the last tile_multiply.
+template <int panels>
+LEPTON_INLINE void tile_store_sums(int32_t* sums) {
+  unroll<2 * panels>([&]<int i>() LEPTON_LAMBDA_INLINE { tile_store<i>(sums + i * kTileSums); });
+}
+
+// Tiles [2][panels] of sums = before + A @ W over `steps` steps of k; before: such sums, or null for zeros. A: layout
 // tiles, 16 rows a_stride bytes apart. W: s8 [k / 4][16][4], panels w_stride bytes apart. With row_tiles == 1 only the
-// first half of the sums.
+// first half of the sums is used.
+//
+// The sums stay in the tiles. A store must wait for its tile's products, and would hold up the next product's: so that
+// one stores them, tile by tile in its first step, to `finished` (null: they are not needed).
 template <bool signed_a, int row_tiles, int panels>
 LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int steps,
-                                 const int32_t* before, int32_t* sums, TilePrefetch prefetch) {
-  constexpr int kBelow = panels * kTileSums;
-  if (before == nullptr) {
-    tile_zero<0>();
-    if constexpr (panels == 2) tile_zero<1>();
-    if constexpr (row_tiles == 2) tile_zero<2>();
-    if constexpr (row_tiles == 2 && panels == 2) tile_zero<3>();
-  } else {
-    tile_load<0>(before);
-    if constexpr (panels == 2) tile_load<1>(before + kTileSums);
-    if constexpr (row_tiles == 2) tile_load<2>(before + kBelow);
-    if constexpr (row_tiles == 2 && panels == 2) tile_load<3>(before + kBelow + kTileSums);
-  }
-  for (int step = 0; step < steps; ++step, a += kTileBytes, w += kTileBytes) {
+                                 const int32_t* before, int32_t* finished, TilePrefetch prefetch) {
+  const auto dot = [&]<int row_tile, int panel>(bool first) LEPTON_LAMBDA_INLINE {
+    constexpr int sum = row_tile * panels + panel, place = sum * kTileSums;
+    if (first) tile_exchange<sum>(finished ? finished + place : nullptr, before ? before + place : nullptr);
+    if constexpr (row_tile < row_tiles) tile_dot<signed_a, sum, 4 + row_tile, 6 + panel>();
+  };
+  const auto step = [&](bool first) LEPTON_LAMBDA_INLINE {
     tile_load_once<4>(a);
     tile_load<6>(w);
     if constexpr (row_tiles == 2) tile_load_once<5>(a + a_stride);
     if constexpr (panels == 2) tile_load<7>(w + w_stride);
-    tile_dot<signed_a, 0, 4, 6>();
-    if constexpr (row_tiles == 2) tile_dot<signed_a, 2, 5, 6>();
+    dot.template operator()<0, 0>(first);
+    dot.template operator()<1, 0>(first);
     for (int line = 0; line < prefetch.lines; ++line, prefetch.next += 64) {
       _mm_prefetch(prefetch.next, _MM_HINT_T1);
       if constexpr (panels == 2) _mm_prefetch(prefetch.next + prefetch.panel_bytes, _MM_HINT_T1);
     }
-    if constexpr (panels == 2) tile_dot<signed_a, 1, 4, 7>();
-    if constexpr (row_tiles == 2 && panels == 2) tile_dot<signed_a, 3, 5, 7>();
-  }
-  tile_store<0>(sums);
-  if constexpr (panels == 2) tile_store<1>(sums + kTileSums);
-  if constexpr (row_tiles == 2) tile_store<2>(sums + kBelow);
-  if constexpr (row_tiles == 2 && panels == 2) tile_store<3>(sums + kBelow + kTileSums);
+    if constexpr (panels == 2) {
+      dot.template operator()<0, 1>(first);
+      dot.template operator()<1, 1>(first);
+    }
+    a += kTileBytes;
+    w += kTileBytes;
+  };
+  step(true);
+  for (int i = 1; i < steps; ++i) step(false);
 }
 
-// Calls body(row, rows, row_tile) for the rows, at most 16, whose sums stand in a pair of row tiles: two times 16 rows,
-// or both planes of 16.
-template <int planes, typename Body>
+// Calls body(row, rows, panel, place) for the rows, at most 16, and the panels whose sums make outputs of a pair of row
+// tiles: two times 16 rows, or both planes of 16. The first plane's sums are at `place`.
+template <int planes, int panels, typename Body>
 LEPTON_INLINE void for_tiles_of_pair(int rows, int pair, const Body& body) {
   for (int row_tile = 0; row_tile < 2; row_tile += planes) {
     const int row = (2 * pair + row_tile) / planes * kTileRows, left = rows - row;
-    if (left > 0) body(row, left < kTileRows ? left : kTileRows, row_tile);
+    for (int panel = 0; panel < panels && left > 0; ++panel)
+      body(row, left < kTileRows ? left : kTileRows, panel, (row_tile * panels + panel) * kTileSums);
   }
 }
 

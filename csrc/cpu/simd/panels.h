@@ -4,7 +4,9 @@
 // A Kernel has
 //   kRows, kPanels                                  whose sums fit the registers
 //   multiply<planes, rows, panels>(tile, row, panel)  Y of `rows` (of all planes) x `panels`
-//   multiply_tiles<planes, panels>(tile, panel)       Y of all rows x `panels`, with tile registers
+//   multiply_tiles<planes, panels>(tile, begin, end)  Y of all rows x panels [begin, end), `panels` of them at a time
+//   in
+//                                                     tile registers
 #pragma once
 
 #include "cpu/gemm_tile.h"
@@ -43,10 +45,9 @@ void multiply_vectors(const GemmTile& tile) {
 template <typename Kernel, int planes>
 void multiply_tiles(const GemmTile& tile) {
   const TileScope registers;
-  int panel = tile.panel_begin;
-  for (; panel + kTilePanels <= tile.panel_end; panel += kTilePanels)
-    Kernel::template multiply_tiles<planes, kTilePanels>(tile, panel);
-  if (panel < tile.panel_end) Kernel::template multiply_tiles<planes, 1>(tile, panel);
+  const int rest = (tile.panel_end - tile.panel_begin) % kTilePanels, end = tile.panel_end - rest;
+  if (tile.panel_begin < end) Kernel::template multiply_tiles<planes, kTilePanels>(tile, tile.panel_begin, end);
+  if (rest > 0) Kernel::template multiply_tiles<planes, 1>(tile, end, tile.panel_end);
 }
 #endif
 
