@@ -12,4 +12,5 @@ GEMM = [
     (13, 129, 257),  # one past a block of k
     (130, 48, 520),  # many row blocks, two blocks of k and a rest
     (300, 100, 768),  # several tiles of rows
+    (2200, 330, 130),  # Y overflows a second-level cache, the weights do not; rows enough to share out
 ]

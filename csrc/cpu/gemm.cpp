@@ -27,13 +27,19 @@ constexpr int kRowMultiple = 12, kTileRowMultiple = 2 * kTileRows;
 // A panel group of a tile holds a multiple of this many panels, the most that a kernel takes side by side.
 constexpr int kPanelMultiple = 4;
 
+// With weights that stay in the second-level cache threads share out rows, so that each writes rows of Y from end to
+// end: from so many rows a tile on, below that panels.
+constexpr int kLeastRowsShared = 256;
+
 // Rows of a tile: what fits the share of the cache, dealt evenly.
-int rows_of_tile(const Activations& plan, int m) {
+int rows_of_tile(const Activations& plan, const PackedWeight& weight, int m, int threads) {
   const int multiple = plan.in_tiles() ? kTileRowMultiple : kRowMultiple;
   const int64_t bytes = plan.in_tiles()  ? l2_bytes() / kTileCacheShare
                         : plan.quantized ? l2_bytes() / kVectorCacheShare
                                          : kFloatActivationBytes;
-  const int64_t fit = std::max<int64_t>(bytes / plan.row_bytes() / multiple * multiple, multiple);
+  int64_t fit = std::max<int64_t>(bytes / plan.row_bytes() / multiple * multiple, multiple);
+  const int share = divide_up(m, threads * kTilesPerThread);
+  if (threads > 1 && share >= kLeastRowsShared && fits_second_level(weight)) fit = std::min<int64_t>(fit, share);
   const int tiles = int((m + fit - 1) / fit);
   return std::min(m, round_up(divide_up(m, tiles), multiple));
 }
@@ -48,7 +54,7 @@ void gemm(const GemmArgs& args) {
 
   thread_local Scratch scratch;
   const Activations plan = plan_activations(args, isa, scratch);
-  const int row_block = rows_of_tile(plan, m), row_tiles = divide_up(m, row_block);
+  const int row_block = rows_of_tile(plan, args.weight, m, threads), row_tiles = divide_up(m, row_block);
 
   const int prepare_threads = int64_t(m) * k < kParallelWork / 4 ? 1 : threads;
   const int prepare_rows_each = divide_up(m, std::min(m, prepare_threads * kTilesPerThread));

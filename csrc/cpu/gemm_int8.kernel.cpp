@@ -88,25 +88,32 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
           write_output<planes>(tile, row, rows, previous.panel + p, last_sums + place, kPanel, panels * kTileSums);
         });
   };
-  for (int panel = panel_begin; panel < panel_end; panel += panels) {
-    for (int step = 0; step < steps; step += step_block) {
-      const int count = steps - step < step_block ? steps - step : step_block;
-      const bool last = step + count == steps;
-      const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
-      // Of this panel the next block, or the first one of those that come after it.
-      TilePrefetch prefetch{last ? tile.weight.panel(panel + panels) : w + int64_t(count) * kTileBytes, panel_bytes,
-                            once ? 0 : divide_up(kTileRows, pairs)};
-      for (int pair = 0; pair < pairs; ++pair) {
-        const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
-        int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
-        const int32_t* const before = step == 0 ? nullptr : kept;
-        if (2 * pair + 1 < row_tiles)
-          tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
-        else
-          tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
-        prefetch.next += int64_t(count) * prefetch.lines * 64;
-        write_previous();
-        previous = {last ? last_sums : kept, panel, pair, last};
+  const auto multiply_pair = [&](int panel, int pair, int step, int count, const TilePrefetch& prefetch) {
+    const bool last = step + count == steps;
+    const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
+    const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
+    int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+    const int32_t* const before = step == 0 ? nullptr : kept;
+    if (2 * pair + 1 < row_tiles)
+      tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+    else
+      tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+    write_previous();
+    previous = {last ? last_sums : kept, panel, pair, last};
+  };
+  if (tile.write_rows && blocks == 1) {
+    for (int pair = 0; pair < pairs; ++pair)
+      for (int panel = panel_begin; panel < panel_end; panel += panels) multiply_pair(panel, pair, 0, steps, {});
+  } else {
+    for (int panel = panel_begin; panel < panel_end; panel += panels) {
+      for (int step = 0; step < steps; step += step_block) {
+        const int count = steps - step < step_block ? steps - step : step_block, next = step + count;
+        // Of this panel the next block, or the first one of those that come after it.
+        TilePrefetch prefetch{
+            tile.weight.panel(next == steps ? panel + panels : panel) + int64_t(next == steps ? 0 : next) * kTileBytes,
+            panel_bytes, once ? 0 : divide_up(kTileRows, pairs)};
+        for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(count) * prefetch.lines * 64)
+          multiply_pair(panel, pair, step, count, prefetch);
       }
     }
   }

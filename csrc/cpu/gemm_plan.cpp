@@ -1,6 +1,8 @@
 // gemm_plan.cpp - how activations are laid out for a level, and which kernel takes a tile of them.
 #include "cpu/gemm_plan.h"
 
+#include "cpu/cache.h"
+
 namespace lepton {
 namespace {
 
@@ -31,6 +33,8 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.y_dtype);
   tile.y_dtype = args.y_dtype;
   tile.y_stride = args.weight.n;
+  const int64_t y_bytes = int64_t(args.m) * args.weight.n * dtype_bytes(args.y_dtype);
+  tile.write_rows = y_bytes > l2_bytes() && fits_second_level(args.weight);
   return tile;
 }
 
@@ -40,6 +44,8 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 }
 
 }  // namespace
+
+bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
 
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;

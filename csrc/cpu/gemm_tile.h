@@ -33,6 +33,8 @@ struct GemmTile {
   void* y;  // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
+  // Y overflows the second-level cache, the weights do not: rows are best written from end to end.
+  bool write_rows;
 };
 
 // Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums
