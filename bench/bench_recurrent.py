@@ -47,7 +47,7 @@ def test_recurrent(race, kind: str, hidden: int, batch: int, steps: int, layers:
         errors = {name: ((run(x, hx)[0] - want).norm() / want.norm()).item() for name, run in contenders.items()}
         assert all(error < ERROR for error in errors.values()), errors
         calls = {name: (lambda run=run: run(x, hx)) for name, run in contenders.items()}
-        name, *rivals = calls
-        race(name, calls[name], {rival: calls[rival] for rival in rivals}, table=f"recurrent {kind}",
-             row=f"hidden {hidden}, {layers} layer{'s' * (layers > 1)}{', both directions' * both}",
-             column=f"batch {batch}, {steps} step{'s' * (steps > 1)}", errors=errors)  # fmt: skip
+        row = (f"hidden {hidden}, {layers} layer{'s' * (layers > 1)}{', both directions' * both}, batch {batch}, "
+               f"{steps} step{'s' * (steps > 1)}")  # fmt: skip
+        race(f"recurrent {kind} {row}", calls, {name: {"error": error} for name, error in errors.items()},
+             table=f"recurrent {kind}", row=row)  # fmt: skip
