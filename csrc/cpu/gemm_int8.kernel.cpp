@@ -4,7 +4,8 @@
 //   s      = sum_k q[r, k] w[c, k] - zero[r] * sum_k w[c, k], in each plane
 //   y[r,c] = float(s) * (row_scale[r] * scale[c]) + bias[c]; of two planes (float(high) * 256 + float(low)) * ...
 //
-// Sums stay in registers over the whole of k, so Y is written once and nothing else is.
+// Vectors keep sums in registers over the whole of k, so Y is written once and nothing else is; tiles keep them in
+// memory between blocks of k.
 #include "cpu/simd/epilogue.h"
 #include "cpu/simd/panels.h"
 
@@ -109,9 +110,9 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
       for (int step = 0; step < steps; step += step_block) {
         const int count = steps - step < step_block ? steps - step : step_block, next = step + count;
         // Of this panel the next block, or the first one of those that come after it.
-        TilePrefetch prefetch{
-            tile.weight.panel(next == steps ? panel + panels : panel) + int64_t(next == steps ? 0 : next) * kTileBytes,
-            panel_bytes, once ? 0 : divide_up(kTileRows, pairs)};
+        const uint8_t* const wanted =
+            next < steps ? tile.weight.panel(panel) + int64_t(next) * kTileBytes : tile.weight.panel(panel + panels);
+        TilePrefetch prefetch{wanted, panel_bytes, once ? 0 : divide_up(kTileRows, pairs)};
         for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(count) * prefetch.lines * 64)
           multiply_pair(panel, pair, step, count, prefetch);
       }
