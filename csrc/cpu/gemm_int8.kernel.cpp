@@ -118,7 +118,7 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
       }
     }
   }
-  tile_store_sums<panels>(previous.sums);
+  tile_store_sums<2, panels>(previous.sums);
   write_previous();
 }
 #endif

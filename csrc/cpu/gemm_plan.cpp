@@ -7,7 +7,7 @@ namespace lepton {
 namespace {
 
 // Rows, of all planes, from which tile registers are faster than vectors.
-constexpr int kTileLeastRows = 8;
+constexpr int kTileLeastRows = 5;
 
 // Row strides that are an odd number of cache lines: with a power of two all rows of a tile would share one set of the
 // first-level cache, which has 8 to 12 places.
@@ -45,7 +45,9 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 
 }  // namespace
 
-bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
+bool fits_second_level(const PackedWeight& weight) {
+  return weight.panels() * weight.panel_bytes() * 8 / weight.bits <= l2_bytes() / 2;
+}
 
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;
@@ -101,7 +103,10 @@ void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int r
   GemmTile tile = tile_of(plan, args, row0, rows, panel_begin, panel_end);
   thread_local Scratch scratch;
   const int planes = plan.quantized ? plan.integers.out.planes : 1;
-  if (plan.in_tiles() || !plan.quantized) tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes)));
+  if (plan.in_tiles() || !plan.quantized) {
+    const int unpacked_panels = args.weight.bits == 4 && tile.write_rows ? panel_end - panel_begin : 0;
+    tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes, unpacked_panels)));
+  }
   tile_kernel(plan, args.weight.bits, isa)(tile);
 }
 

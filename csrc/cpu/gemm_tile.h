@@ -37,10 +37,14 @@ struct GemmTile {
   bool write_rows;
 };
 
+// Bytes of a panel's 4-bit weights that are unpacked at a time for tile registers: 512 k as int8.
+constexpr int kUnpackedPanel = 8 * kTileRows * kTileStep;
+
 // Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums
-// of two panels, twice, and once more for one pair.
-constexpr int64_t scratch_bytes(int rows) {
-  return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4);
+// of two panels, twice, and once more for one pair; where rows are written from end to end, all panels unpacked.
+constexpr int64_t scratch_bytes(int rows, int unpacked_panels) {
+  return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4) +
+         int64_t(unpacked_panels) * kUnpackedPanel;
 }
 
 using GemmTileFn = void(const GemmTile&);

@@ -63,7 +63,7 @@ bool has(Isa isa) {
       return has(Isa::avx512vnni) && LEPTON_HAS("avx512vbmi") && LEPTON_HAS("avx512vbmi2") &&
              LEPTON_HAS("avx512bitalg") && LEPTON_HAS("avx512vpopcntdq");
     case Isa::amx:
-      return has(Isa::avx512vbmi2) && has_tiles();
+      return has(Isa::avx512vbmi2) && LEPTON_HAS("gfni") && has_tiles();
     case Isa::neondot:
       return false;
   }

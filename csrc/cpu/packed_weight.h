@@ -1,10 +1,10 @@
 // packed_weight.h - the tiled layouts that the CPU kernels read, made from the saved layout once and never saved.
 //
 // A panel is 16 columns of W^T (16 output features): one 512-bit register of int32 sums. One layout serves every level.
+// Tile registers read whole steps of 64 k: on into the next panel, against activations that are 0 there, and behind the
+// end of the data.
 //
-//   8 bit   data    int8  [panels][k4 / 4][16][4]      k4 = k rounded up to 4; zero-padded. Tile registers read whole
-//                                                      steps of 64 k: on into the next panel, against activations that
-//                                                      are 0 there, and behind the end
+//   8 bit   data    int8  [panels][k4 / 4][16][4]      k4 = k rounded up to 4; zero-padded
 //           scale   f32   [panels][16]
 //           sum     i32   [panels][16]                 of the column's integers
 //   4 bit   data    uint8 [panels][k16 / 16][2][16][4] k16 = k rounded up to 16. Byte [b][j][c][i] holds k = 16 b + 8 j
@@ -76,7 +76,7 @@ struct PackedLayout {
     scales = shape.panels() * shape.panel_bytes();
     zeros = scales + values * 4;
     sums = zeros + (has_zeros ? values : 0);
-    bytes = sums + int64_t(shape.panels()) * kPanel * 4 + (shape.bits == 8 ? 64 * kPanel : 0);
+    bytes = sums + int64_t(shape.panels()) * kPanel * 4 + 64 * kPanel * shape.bits / 8;
   }
 };
 

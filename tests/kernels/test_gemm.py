@@ -105,6 +105,23 @@ def test_strided_rows_and_leading_dimensions(rng):
     assert cpu.gemm_int8(torch.empty(2, 0, 50), weight, scale, bias, True).shape == (2, 0, 20)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.integers(1, 700), st.sampled_from([16, 32, 48, 64, 128, 192, -1]),
+    st.booleans(), st.integers(1, 3), st.integers(0, 2**31),
+)  # fmt: skip
+def test_gemm_int4_is_exact_over_drawn_shapes(m, n, k, group_size, symmetric, threads, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, weight, scale, zero, bias = make_int4(m, n, k, group_size, symmetric, torch.float32, rng)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, reference.gemm_int4(x, weight, scale, zero, bias, group_size, True))
+
+
 def test_packed_tiles_follow_the_weight(rng):
     x, weight, scale, bias = make_int8(4, 20, 50, torch.float32, rng)
     cpu.gemm_int8(x, weight, scale, bias, True)

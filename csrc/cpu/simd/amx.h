@@ -1,5 +1,5 @@
-// amx.h - tile registers: 16 rows of 64 bytes, sums of 16 x 16 products. Tiles 0 to 3 are for sums, 4 and 5 for
-// activations, 6 and 7 for weights; all have the full shape, and callers pad with zeros.
+// amx.h - tile registers: up to 16 rows of 64 bytes, sums of 16 x 16 products. Tiles 0 to 3 are for sums, 4 and 5 for
+// activations, 6 and 7 for weights.
 #pragma once
 
 #include "cpu/packed_weight.h"
@@ -11,13 +11,27 @@ namespace {
 
 constexpr int kTileBytes = kTileRows * kTileStep;  // of 16 rows of activations, or of a panel's weights
 
+constexpr int kTilePanels = 2;                              // panels of a 2 x 2 block of sums
+constexpr int kTileSums = kTileRows * kPanel;               // i32 of one tile of sums
+constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;  // of a 2 x 2 block
+
 // Tile registers for the length of a scope. Released at its end, so that a switch of threads need not save them.
 struct TileScope {
-  LEPTON_INLINE TileScope() {
+  // For `rows` rows, of all planes: a product takes a cycle for each row of its tile, so a single pair of row tiles has
+  // no more of them than it needs.
+  LEPTON_INLINE TileScope(int rows, int planes) {
+    int tile_rows[2] = {kTileRows, kTileRows};
+    if (rows <= 2 * kTileRows) {
+      tile_rows[1] = planes == 2 ? rows / 2 : rows - kTileRows;
+      if (tile_rows[1] <= 0) tile_rows[1] = kTileRows;  // not used
+      if (planes == 2 || rows < kTileRows) tile_rows[0] = rows / planes;
+    }
     alignas(64) uint8_t config[64] = {1};  // palette 1; from 16 on the bytes of a row, from 48 on the rows
     for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = kTileStep;
-      config[48 + tile] = kTileRows;
+      config[48 + tile] = uint8_t(tile < 4   ? tile_rows[tile / kTilePanels]
+                                  : tile < 6 ? tile_rows[tile - 4]
+                                             : kTileRows);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -50,9 +64,14 @@ LEPTON_INLINE void tile_dot() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
 }
 
-constexpr int kTilePanels = 2;                              // panels of a 2 x 2 block of sums
-constexpr int kTileSums = kTileRows * kPanel;               // i32 of one tile of sums
-constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;  // of a 2 x 2 block
+// Calls body.operator()<row_tile, panel, sum>() for a block of sums, `sum` the tile register.
+template <int row_tiles, int panels, typename Body>
+LEPTON_INLINE void for_sum_tiles(const Body& body) {
+  unroll<row_tiles * panels>([&]<int i>() LEPTON_LAMBDA_INLINE {
+    constexpr int row_tile = i % row_tiles, panel = i / row_tiles;
+    body.template operator()<row_tile, panel, row_tile * kTilePanels + panel>();
+  });
+}
 
 // Weights that a product will want next, fetched to the second-level cache a few lines a step.
 struct TilePrefetch {
@@ -71,10 +90,12 @@ LEPTON_INLINE void tile_exchange(int32_t* finished, const int32_t* before) {
     tile_zero<tile>();
 }
 
-// Stores the sums [2][panels][16][16] of the last tile_multiply.
-template <int panels>
+// Stores sums [row_tiles][panels][16][16].
+template <int row_tiles, int panels>
 LEPTON_INLINE void tile_store_sums(int32_t* sums) {
-  unroll<2 * panels>([&]<int i>() LEPTON_LAMBDA_INLINE { tile_store<i>(sums + i * kTileSums); });
+  for_sum_tiles<row_tiles, panels>([&]<int row_tile, int panel, int sum>() LEPTON_LAMBDA_INLINE {
+    tile_store<sum>(sums + (row_tile * panels + panel) * kTileSums);
+  });
 }
 
 // Tiles [2][panels] of sums = before + A @ W over `steps` steps of k; before: such sums, or null for zeros. A: layout
@@ -87,7 +108,7 @@ template <bool signed_a, int row_tiles, int panels>
 LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int steps,
                                  const int32_t* before, int32_t* finished, TilePrefetch prefetch) {
   const auto dot = [&]<int row_tile, int panel>(bool first) LEPTON_LAMBDA_INLINE {
-    constexpr int sum = row_tile * panels + panel, place = sum * kTileSums;
+    constexpr int sum = row_tile * kTilePanels + panel, place = (row_tile * panels + panel) * kTileSums;
     if (first) tile_exchange<sum>(finished ? finished + place : nullptr, before ? before + place : nullptr);
     if constexpr (row_tile < row_tiles) tile_dot<signed_a, sum, 4 + row_tile, 6 + panel>();
   };

@@ -38,6 +38,16 @@ LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16
   }
 }
 
+// Y[row, 16 columns] of 4-bit weights, from the scaled sum over all groups and that of the dequantized weights.
+template <int planes>
+LEPTON_INLINE void store_dequantized(const GemmTile& tile, int row, int panel, F32x16 sum, F32x16 column_sum,
+                                     F32x16 bias) {
+  const int32_t* zero = tile.q.zero + row * planes;
+  const float row_zero = float(planes == 1 ? zero[0] : zero[0] * 256 + zero[1]);
+  const F32x16 shifted = sub(sum, mul(broadcast_f32(row_zero), column_sum));
+  store_output(tile, row, panel, add(mul(shifted, broadcast_f32(tile.q.scale[row])), bias));
+}
+
 template <int rows, int multiple, typename Body>
 LEPTON_INLINE void call_with_rows(int count, int row, const Body& body) {
   if constexpr (rows > 0) {

@@ -2,7 +2,7 @@
 // time, or of 32 rows and two panels in tile registers.
 //
 // A Kernel has
-//   kRows, kPanels                                  whose sums fit the registers
+//   kRows, kPanels                                    whose sums fit the registers
 //   multiply<planes, rows, panels>(tile, row, panel)  Y of `rows` (of all planes) x `panels`
 //   multiply_tiles<planes, panels>(tile, begin, end)  Y of all rows x panels [begin, end), `panels` of them at a time
 //   in
@@ -44,7 +44,7 @@ void multiply_vectors(const GemmTile& tile) {
 #if defined(LEPTON_ISA_AMX)
 template <typename Kernel, int planes>
 void multiply_tiles(const GemmTile& tile) {
-  const TileScope registers;
+  const TileScope registers(tile.rows * planes, planes);
   const int rest = (tile.panel_end - tile.panel_begin) % kTilePanels, end = tile.panel_end - rest;
   if (tile.panel_begin < end) Kernel::template multiply_tiles<planes, kTilePanels>(tile, tile.panel_begin, end);
   if (rest > 0) Kernel::template multiply_tiles<planes, 1>(tile, end, tile.panel_end);

@@ -1,0 +1,290 @@
+// int4_tiles.h - 4-bit weights in tile registers: they are unpacked to int8, and sums of whole groups leave the tiles
+// to be scaled and added as floats.
+#pragma once
+
+#include "cpu/simd/amx.h"
+#include "cpu/simd/epilogue.h"
+
+namespace lepton::LEPTON_ISA {
+namespace {
+
+constexpr int kNibbleVector = 2 * kQuad;  // k in 64 bytes of nibbles
+
+// What unpacking takes off the nibbles of a panel's group: 8, and what the zero point differs from it, byte by byte.
+struct ZeroPoints {
+  bool symmetric;
+  __m512i less_eight;
+};
+
+LEPTON_INLINE ZeroPoints zero_points(const PackedWeight& weight, int panel, int group) {
+  if (weight.symmetric) return {true, _mm512_setzero_si512()};
+  const __m512i zero = _mm512_mullo_epi32(load_u8(weight.zero(panel, group)).v, _mm512_set1_epi32(0x01010101));
+  return {false, _mm512_sub_epi8(zero, _mm512_set1_epi8(8))};
+}
+
+// 64 bytes of nibbles to s8, nibble - zero: the low ones, then the high ones.
+template <bool symmetric>
+LEPTON_INLINE void unpack(const uint8_t* w, const ZeroPoints& zeros, uint8_t* out) {
+  // Affine over bits (GFNI), byte 7 - i of the matrix for bit i: bits 0 to 2 of the nibble as they are, its bit 3 five
+  // times, all of those inverted. That is the nibble less 8.
+  constexpr uint64_t kLowNibble = 0x0102040808080808, kHighNibble = 0x1020408080808080;
+  const __m512i pair = _mm512_loadu_si512(w);
+  __m512i low = _mm512_gf2p8affine_epi64_epi8(pair, _mm512_set1_epi64(kLowNibble), 0xf8);
+  __m512i high = _mm512_gf2p8affine_epi64_epi8(pair, _mm512_set1_epi64(kHighNibble), 0xf8);
+  if constexpr (!symmetric) {
+    low = _mm512_sub_epi8(low, zeros.less_eight);
+    high = _mm512_sub_epi8(high, zeros.less_eight);
+  }
+  _mm512_store_si512(out, low);
+  _mm512_store_si512(out + 64, high);
+}
+
+// y[rows][16] = (y, or 0 at first) + the exact sums of `groups` groups, kTilePairSums apart, scaled.
+template <int planes, int groups>
+LEPTON_INLINE void add_rows(const int32_t* sums, int plane_step, const float* scales, int rows, bool first, float* y) {
+  F32x16 scale[groups];
+  unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE { scale[g] = load_f32<Dtype::f32>(scales + g * kPanel); });
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r, sums += kPanel, y += kPanel) {
+    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
+    unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE {
+      const int32_t* const high = sums + g * kTilePairSums;
+      const F32x16 part = join_planes<planes>(load_i32(high), load_i32(high + (planes - 1) * plane_step));
+      sum = add(sum, mul(part, scale[g]));
+    });
+    store_f32<Dtype::f32>(y, sum);
+  }
+}
+
+// Y[row.., 16 columns] from the sums over all groups.
+template <int planes>
+LEPTON_INLINE void store_rows(const GemmTile& tile, int row, int rows, int panel, const float* sums) {
+  const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
+  for (int r = 0; r < rows; ++r)
+    store_dequantized<planes>(tile, row + r, panel, load_f32<Dtype::f32>(sums + r * kPanel), column_sum, bias);
+}
+
+// Panels and steps in the order in which multiply_one_pair uses them, unpacked some steps before.
+template <int panels, int kSteps>
+struct Unpacker {
+  const PackedWeight& weight;
+  const int steps, group_steps, panel_end;
+  const int64_t panel_bytes;
+  int panel, group = 0, left = steps, left_of_group = 0;
+  const uint8_t* next = weight.panel(panel);
+  ZeroPoints zeros[panels];
+
+  LEPTON_INLINE void unpack_step(uint8_t (&out)[kSteps][panels][kTileBytes], int place) {
+    if (panel == panel_end) return;
+    if (left_of_group == 0) {
+      for (int p = 0; p < panels; ++p) zeros[p] = zero_points(weight, panel + p, group);
+      left_of_group = group_steps;
+      ++group;
+    }
+    const auto unpack_all = [&]<bool symmetric>() LEPTON_LAMBDA_INLINE {
+      unroll<panels * kTileStep / kNibbleVector>([&]<int i>() LEPTON_LAMBDA_INLINE {
+        constexpr int p = i / (kTileStep / kNibbleVector), vector = i % (kTileStep / kNibbleVector);
+        unpack<symmetric>(next + p * panel_bytes + vector * 64, zeros[p], out[place][p] + vector * 128);
+      });
+    };
+    if (weight.symmetric)
+      unpack_all.template operator()<true>();
+    else
+      unpack_all.template operator()<false>();
+    next += kTileBytes / 2;
+    --left_of_group;
+    if (--left > 0) return;
+    panel += panels;
+    next = weight.panel(panel);
+    left = steps;
+    group = left_of_group = 0;
+  }
+};
+
+// All rows in one pair of row tiles, groups of whole steps. Weights are used once, unpacked a few steps before, while
+// the tiles multiply. All that is kept between steps is small and stays in the first-level cache, though activations
+// and nibbles stream through it: with twice as many unpacked steps, or sums, it takes half as long again.
+template <int planes, int row_tiles, int panels>
+void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
+  constexpr int kSteps = 4, kAhead = kSteps - 1;
+  alignas(64) uint8_t unpacked[kSteps][panels][kTileBytes];
+  alignas(64) int32_t sums[row_tiles * panels * kTileSums];
+  alignas(64) float y[row_tiles * panels * kTileSums];
+  const PackedWeight weight = tile.weight;
+  const int64_t tile_stride = kTileRows * tile.q.stride;
+  const int steps = divide_up(weight.k, kTileStep), groups = weight.groups();
+  const int group_steps = groups == 1 ? steps : weight.group / kTileStep;
+  Unpacker<panels, kSteps> unpacker{weight, steps, group_steps, panel_end, weight.panel_bytes(), panel_begin};
+  for (int place = 0; place < kAhead; ++place) unpacker.unpack_step(unpacked, place);
+  int place = 0;
+  for (int panel = panel_begin; panel < panel_end; panel += panels) {
+    const uint8_t* a = tile.q.q;
+    for (int group = 0; group < groups; ++group) {
+      for_sum_tiles<row_tiles, panels>([&]<int, int, int sum>() LEPTON_LAMBDA_INLINE { tile_zero<sum>(); });
+      const bool last = group + 1 == groups;
+      const int count = last ? steps - group * group_steps : group_steps;
+      for (int i = 0; i < count; ++i, a += kTileBytes, place = (place + 1) % kSteps) {
+        tile_load<4>(a);
+        if constexpr (row_tiles == 2) tile_load<5>(a + tile_stride);
+        unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { tile_load<6 + p>(unpacked[place][p]); });
+        for_sum_tiles<row_tiles, panels>([&]<int row_tile, int p, int sum>()
+                                             LEPTON_LAMBDA_INLINE { tile_dot<true, sum, 4 + row_tile, 6 + p>(); });
+        unpacker.unpack_step(unpacked, (place + kAhead) % kSteps);
+      }
+      tile_store_sums<row_tiles, panels>(sums);
+      for_tiles_of_pair<planes, panels>(tile.rows, 0, [&](int row, int rows, int p, int at) LEPTON_LAMBDA_INLINE {
+        const float* const scale = weight.scale(panel + p, group);
+        add_rows<planes, 1>(sums + at, panels * kTileSums, scale, rows, group == 0, y + at);
+        if (last) store_rows<planes>(tile, row, rows, panel + p, y + at);
+      });
+    }
+  }
+}
+
+// Steps of k that are unpacked at a time: weights of two panels that stay in the first-level cache (16 KiB).
+constexpr int kStepBlock = kUnpackedPanel / kTileBytes;
+
+// Steps of one group in a block of unpacked weights. Weights of other groups are 0 in it.
+struct Piece {
+  int group, step, steps;
+  int place;         // in the block
+  bool first, last;  // of the group's pieces
+};
+
+// s8 [piece.steps * 16][16][4]: nibble - zero for k of the group, elsewhere 0.
+LEPTON_INLINE void unpack_piece(const PackedWeight& weight, int panel, const Piece& piece, uint8_t* out) {
+  const int k0 = piece.group * weight.group, left = weight.k - k0;
+  const int group_end = k0 + round_up(left < weight.group ? left : weight.group, kNibbleBlock);
+  const int begin = piece.step * kTileStep, end = begin + piece.steps * kTileStep;
+  const int from = k0 > begin ? k0 : begin, to = group_end < end ? group_end : end;
+  const ZeroPoints zeros = zero_points(weight, panel, piece.group);
+  const uint8_t* w = weight.panel(panel) + int64_t(from) * kPanel / 2;
+  if (from > begin) __builtin_memset(out, 0, size_t(from - begin) * kPanel);
+  out += (from - begin) * kPanel;
+  if (zeros.symmetric)
+    for (int k = from; k < to; k += kNibbleVector, w += 64, out += 128) unpack<true>(w, zeros, out);
+  else
+    for (int k = from; k < to; k += kNibbleVector, w += 64, out += 128) unpack<false>(w, zeros, out);
+  if (to < end) __builtin_memset(out, 0, size_t(end - to) * kPanel);
+}
+
+struct Block {
+  int first_group, count, steps;
+  Piece pieces[kStepBlock];
+};
+
+// The steps from (group, step) on that fit a block; moves group and step behind them.
+LEPTON_INLINE Block next_block(const PackedWeight& weight, int& group, int& step) {
+  Block block{.first_group = group, .count = 0, .steps = 0};
+  while (block.steps < kStepBlock && group < weight.groups()) {
+    const int k0 = group * weight.group, left = weight.k - k0;
+    const int end = divide_up(k0 + (left < weight.group ? left : weight.group), kTileStep);
+    const int room = kStepBlock - block.steps, steps = end - step < room ? end - step : room;
+    Piece& piece = block.pieces[block.count++];
+    piece = {group, step, steps, block.steps, step == k0 / kTileStep, step + steps == end};
+    block.steps += steps;
+    step = piece.last ? ++group * weight.group / kTileStep : step + steps;
+  }
+  return block;
+}
+
+// The weights of a block, to out[panels][kUnpackedPanel].
+template <int panels>
+LEPTON_INLINE void unpack_block(const PackedWeight& weight, int panel, const Block& block, uint8_t* out) {
+  for (int i = 0; i < block.count; ++i)
+    for (int p = 0; p < panels; ++p)
+      unpack_piece(weight, panel + p, block.pieces[i], out + p * kUnpackedPanel + block.pieces[i].place * kTileBytes);
+}
+
+// The groups that a block of pieces ended, for a pair of row tiles: their exact sums on the way into Y.
+struct EndedGroups {
+  int panel, pair;
+  int group, groups;  // groups from `group` on
+};
+
+// Adds ended groups to the pair's sums in y, and after the last group writes Y.
+template <int planes, int panels>
+LEPTON_INLINE void add_groups(const GemmTile& tile, const EndedGroups& ended, const int32_t* group_sums, float* y) {
+  constexpr int kPlaneStep = panels * kTileSums, kTogether = 4;
+  if (ended.groups == 0) return;  // a block in the middle of a group
+  const PackedWeight& weight = tile.weight;
+  for_tiles_of_pair<planes, panels>(
+      tile.rows, ended.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
+        const int panel = ended.panel + p, end = ended.group + ended.groups;
+        const int32_t* sums = group_sums + place;
+        float* const sum = y + place;
+        int g = ended.group;
+        for (; g + kTogether <= end; g += kTogether, sums += kTogether * kTilePairSums)
+          add_rows<planes, kTogether>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
+        for (; g < end; ++g, sums += kTilePairSums)
+          add_rows<planes, 1>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
+        if (end == weight.groups()) store_rows<planes>(tile, row, rows, panel, sum);
+      });
+}
+
+template <int planes, int panels>
+LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
+  alignas(64) int32_t group_sums[kStepBlock][kTilePairSums];
+  const PackedWeight& weight = tile.weight;
+  const int64_t tile_stride = kTileRows * tile.q.stride;
+  const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  if (pairs == 1 && (weight.group % kTileStep == 0 || weight.groups() == 1)) {
+    if (row_tiles == 2) return multiply_one_pair<planes, 2, panels>(tile, panel_begin, panel_end);
+    if constexpr (planes == 1) return multiply_one_pair<planes, 1, panels>(tile, panel_begin, panel_end);
+  }
+  int32_t* const kept_sums = static_cast<int32_t*>(tile.scratch);
+  float* const y_sums = reinterpret_cast<float*>(kept_sums + int64_t(pairs) * kTilePairSums);
+  int32_t* finished = nullptr;  // where the sums go that are still in the tiles
+  EndedGroups ended{};          // of the pair before
+  const auto add_ended = [&] {
+    add_groups<planes, panels>(tile, ended, group_sums[0], y_sums + int64_t(ended.pair) * kTilePairSums);
+  };
+  const auto multiply_block = [&](int panel, int pair, const Block& block, const uint8_t* unpacked,
+                                  TilePrefetch& prefetch) {
+    int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
+    int ended_groups = 0;
+    for (int i = 0; i < block.count; ++i) {
+      const Piece& piece = block.pieces[i];
+      const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
+      const uint8_t* w = unpacked + piece.place * kTileBytes;
+      const int32_t* const before = piece.first ? nullptr : kept;
+      if (2 * pair + 1 < row_tiles)
+        tile_multiply<true, 2, panels>(a, tile_stride, w, kUnpackedPanel, piece.steps, before, finished, prefetch);
+      else
+        tile_multiply<true, 1, panels>(a, tile_stride, w, kUnpackedPanel, piece.steps, before, finished, prefetch);
+      prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
+      if (i == 0) add_ended();  // now that the first product has stored the last of its sums
+      finished = piece.last ? group_sums[ended_groups++] : kept;
+    }
+    ended = {panel, pair, block.first_group, ended_groups};
+  };
+  int group = 0, step = 0;
+  Block block = next_block(weight, group, step);
+  if (tile.write_rows && group == weight.groups()) {  // all of k is one block
+    uint8_t* const unpacked = reinterpret_cast<uint8_t*>(y_sums + int64_t(pairs) * kTilePairSums);
+    const auto of_panel = [&](int panel) { return unpacked + int64_t(panel - panel_begin) * kUnpackedPanel; };
+    for (int panel = panel_begin; panel < panel_end; panel += panels)
+      unpack_block<panels>(weight, panel, block, of_panel(panel));
+    TilePrefetch nothing{};
+    for (int pair = 0; pair < pairs; ++pair)
+      for (int panel = panel_begin; panel < panel_end; panel += panels)
+        multiply_block(panel, pair, block, of_panel(panel), nothing);
+  } else {
+    alignas(64) uint8_t unpacked[panels * kUnpackedPanel];
+    for (int panel = panel_begin; panel < panel_end; panel += panels) {
+      for (group = step = 0; group < weight.groups();) {
+        block = next_block(weight, group, step);
+        unpack_block<panels>(weight, panel, block, unpacked);
+        const uint8_t* const wanted = group == weight.groups() ? weight.panel(panel + panels)
+                                                               : weight.panel(panel) + int64_t(step) * (kTileBytes / 2);
+        TilePrefetch prefetch{wanted, weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
+        for (int pair = 0; pair < pairs; ++pair) multiply_block(panel, pair, block, unpacked, prefetch);
+      }
+    }
+  }
+  tile_store_sums<2, panels>(finished);
+  add_ended();
+}
+
+}  // namespace
+}  // namespace lepton::LEPTON_ISA
