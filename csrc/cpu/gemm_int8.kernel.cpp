@@ -65,15 +65,17 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
 }
 
 #if defined(LEPTON_ISA_AMX)
-// Steps of k whose weights, of two panels, stay in the first-level cache (32 KiB) while all rows of the tile pass by.
-constexpr int kStepBlock = 16;
+// Steps of k whose weights, of two panels, stay in the first-level cache (26 KiB) while all rows of the tile pass by
+// and sums come and go. All of k where that takes no more than kWholeSteps (32 KiB): no sums come and go then.
+constexpr int kStepBlock = 13, kWholeSteps = 16;
 
 template <int planes, int panels>
 LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
   const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
-  const int steps = divide_up(tile.weight.k, kTileStep), blocks = once ? 1 : divide_up(steps, kStepBlock);
+  const int steps = divide_up(tile.weight.k, kTileStep);
+  const int blocks = once || steps <= kWholeSteps ? 1 : divide_up(steps, kStepBlock);
   const int step_block = divide_up(steps, blocks);
   int32_t* const last_sums = static_cast<int32_t*>(tile.scratch);
   int32_t* const kept_sums = last_sums + kTilePairSums;

@@ -39,29 +39,31 @@ LEPTON_INLINE void unpack(const uint8_t* w, const ZeroPoints& zeros, uint8_t* ou
   _mm512_store_si512(out + 64, high);
 }
 
-// y[rows][16] = (y, or 0 at first) + the exact sums of `groups` groups, kTilePairSums apart, scaled.
+// Adds `groups` groups from `group` on to the float sums y[rows][16] of a panel, or, with the last group, writes Y.
+// sums: the groups' exact ones [rows][16], kTilePairSums apart, the second plane's plane_step behind the first's.
 template <int planes, int groups>
-LEPTON_INLINE void add_rows(const int32_t* sums, int plane_step, const float* scales, int rows, bool first, float* y) {
+void add_groups(const GemmTile& tile, int row, int rows, int panel, int group, const int32_t* sums, int plane_step,
+                float* y) {
+  const bool first = group == 0, last = group + groups == tile.weight.groups();
   F32x16 scale[groups];
-  unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE { scale[g] = load_f32<Dtype::f32>(scales + g * kPanel); });
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r, sums += kPanel, y += kPanel) {
-    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y);
+  unroll<groups>([&]<int g>()
+                     LEPTON_LAMBDA_INLINE { scale[g] = load_f32<Dtype::f32>(tile.weight.scale(panel, group + g)); });
+  const auto added = [&](int r) LEPTON_LAMBDA_INLINE {
+    F32x16 sum = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + r * kPanel);
     unroll<groups>([&]<int g>() LEPTON_LAMBDA_INLINE {
-      const int32_t* const high = sums + g * kTilePairSums;
+      const int32_t* const high = sums + g * kTilePairSums + r * kPanel;
       const F32x16 part = join_planes<planes>(load_i32(high), load_i32(high + (planes - 1) * plane_step));
       sum = add(sum, mul(part, scale[g]));
     });
-    store_f32<Dtype::f32>(y, sum);
+    return sum;
+  };
+  if (last) {
+    const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
+    for (int r = 0; r < rows; ++r) store_dequantized<planes>(tile, row + r, panel, added(r), column_sum, bias);
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) store_f32<Dtype::f32>(y + r * kPanel, added(r));
   }
-}
-
-// Y[row.., 16 columns] from the sums over all groups.
-template <int planes>
-LEPTON_INLINE void store_rows(const GemmTile& tile, int row, int rows, int panel, const float* sums) {
-  const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
-  for (int r = 0; r < rows; ++r)
-    store_dequantized<planes>(tile, row + r, panel, load_f32<Dtype::f32>(sums + r * kPanel), column_sum, bias);
 }
 
 // Panels and steps in the order in which multiply_one_pair uses them, unpacked some steps before.
@@ -133,9 +135,7 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
       }
       tile_store_sums<row_tiles, panels>(sums);
       for_tiles_of_pair<planes, panels>(tile.rows, 0, [&](int row, int rows, int p, int at) LEPTON_LAMBDA_INLINE {
-        const float* const scale = weight.scale(panel + p, group);
-        add_rows<planes, 1>(sums + at, panels * kTileSums, scale, rows, group == 0, y + at);
-        if (last) store_rows<planes>(tile, row, rows, panel + p, y + at);
+        add_groups<planes, 1>(tile, row, rows, panel + p, group, sums + at, panels * kTileSums, y + at);
       });
     }
   }
@@ -204,21 +204,28 @@ struct EndedGroups {
 
 // Adds ended groups to the pair's sums in y, and after the last group writes Y.
 template <int planes, int panels>
-LEPTON_INLINE void add_groups(const GemmTile& tile, const EndedGroups& ended, const int32_t* group_sums, float* y) {
-  constexpr int kPlaneStep = panels * kTileSums, kTogether = 4;
+LEPTON_INLINE void add_ended_groups(const GemmTile& tile, const EndedGroups& ended, const int32_t* group_sums,
+                                    float* y) {
+  constexpr int kPlaneStep = panels * kTileSums;
   if (ended.groups == 0) return;  // a block in the middle of a group
-  const PackedWeight& weight = tile.weight;
   for_tiles_of_pair<planes, panels>(
       tile.rows, ended.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
-        const int panel = ended.panel + p, end = ended.group + ended.groups;
-        const int32_t* sums = group_sums + place;
-        float* const sum = y + place;
-        int g = ended.group;
-        for (; g + kTogether <= end; g += kTogether, sums += kTogether * kTilePairSums)
-          add_rows<planes, kTogether>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
-        for (; g < end; ++g, sums += kTilePairSums)
-          add_rows<planes, 1>(sums, kPlaneStep, weight.scale(panel, g), rows, g == 0, sum);
-        if (end == weight.groups()) store_rows<planes>(tile, row, rows, panel, sum);
+        const auto add_from = [&]<int groups>(int from) LEPTON_LAMBDA_INLINE {
+          add_groups<planes, groups>(tile, row, rows, ended.panel + p, ended.group + from,
+                                     group_sums + from * kTilePairSums + place, kPlaneStep, y + place);
+        };
+        int from = 0;
+        for (; ended.groups - from > 4; from += 4) add_from.template operator()<4>(from);
+        switch (ended.groups - from) {
+          case 4:
+            return add_from.template operator()<4>(from);
+          case 3:
+            return add_from.template operator()<3>(from);
+          case 2:
+            return add_from.template operator()<2>(from);
+          case 1:
+            return add_from.template operator()<1>(from);
+        }
       });
 }
 
@@ -237,7 +244,7 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
   int32_t* finished = nullptr;  // where the sums go that are still in the tiles
   EndedGroups ended{};          // of the pair before
   const auto add_ended = [&] {
-    add_groups<planes, panels>(tile, ended, group_sums[0], y_sums + int64_t(ended.pair) * kTilePairSums);
+    add_ended_groups<planes, panels>(tile, ended, group_sums[0], y_sums + int64_t(ended.pair) * kTilePairSums);
   };
   const auto multiply_block = [&](int panel, int pair, const Block& block, const uint8_t* unpacked,
                                   TilePrefetch& prefetch) {
