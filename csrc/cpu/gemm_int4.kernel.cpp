@@ -8,6 +8,8 @@
 #include "cpu/simd/panels.h"
 #if defined(LEPTON_ISA_AMX)
 #include "cpu/simd/int4_tiles.h"
+#elif defined(__AVX512VNNI__)
+#include "cpu/simd/int4_unpacked.h"
 #endif
 
 namespace lepton::LEPTON_ISA {
@@ -41,20 +43,19 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
     const int blocks = divide_up(left < weight.group ? left : weight.group, kNibbleBlock);
     // Past the end of a panel: of the panels that come next.
     const int64_t place = int64_t(g) * weight.group * kPanel / 2 + kPrefetchBytes;
-    [[maybe_unused]] const int64_t ahead = kPrefetchBytes + (place < panel_bytes ? 0 : (panels - 1) * panel_bytes);
+    const int64_t ahead = kPrefetchBytes + (place < panel_bytes ? 0 : (panels - 1) * panel_bytes);
     I32x16 acc[panels][rows];
     unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
     for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-        if constexpr (rows == planes) {
-          __builtin_prefetch(w + p * panel_bytes + ahead);
-          __builtin_prefetch(w + p * panel_bytes + ahead + 64);
-        }
+        __builtin_prefetch(w + p * panel_bytes + ahead);
+        __builtin_prefetch(w + p * panel_bytes + ahead + 64);
         dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
     const int32_t* q_sum = tile.q.group_sum + int64_t(row) * groups + g;
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
+      __builtin_prefetch(weight.scale(panel0 + panels + p, g));
       const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel0 + p, g));
       const I32x16 zero = weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel0 + p, g));
       unroll<kRows>([&]<int r>() LEPTON_LAMBDA_INLINE {
@@ -77,6 +78,11 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
 
 }  // namespace
 
-void gemm_int4_tile(const GemmTile& tile) { multiply_tile<GemmInt4>(tile); }
+void gemm_int4_tile(const GemmTile& tile) {
+#if defined(__AVX512VNNI__) && !defined(LEPTON_ISA_AMX)
+  if (multiply_many_rows(tile)) return;
+#endif
+  multiply_tile<GemmInt4>(tile);
+}
 
 }  // namespace lepton::LEPTON_ISA

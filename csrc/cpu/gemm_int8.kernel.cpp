@@ -46,16 +46,16 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
 
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
-  const auto add_quads = [&](int count, [[maybe_unused]] int64_t ahead) LEPTON_LAMBDA_INLINE {
+  const auto add_quads = [&](int count, int64_t ahead) LEPTON_LAMBDA_INLINE {
     for (int q = 0; q < count; ++q, a += kQuadBytes, w += kPanel * kQuad) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-        if constexpr (rows == planes) __builtin_prefetch(w + p * panel_bytes + ahead);
+        __builtin_prefetch(w + p * panel_bytes + ahead);
         dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
   };
   constexpr int kAheadQuads = kPrefetchBytes / (kPanel * kQuad);
-  const int before_end = rows == planes && quads > kAheadQuads ? quads - kAheadQuads : 0;
+  const int before_end = quads > kAheadQuads ? quads - kAheadQuads : 0;
   add_quads(before_end, kPrefetchBytes);
   add_quads(quads - before_end, kPrefetchBytes + (panels - 1) * panel_bytes);  // of the panels that come next
   alignas(64) int32_t sums[panels * rows][kPanel];

@@ -156,8 +156,11 @@ for threads in (1, 2):
             s = torch.rand(n, 1, generator=rng)
             digest.update(cpu.gemm_int8(x, w, s, s[:, 0], True).float().numpy().tobytes())
             v = reference.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng))
-            s = torch.rand(n, -(-k // 32), generator=rng).bfloat16()
-            digest.update(cpu.gemm_int4(x, v, s, None, None, 32, True).float().numpy().tobytes())
+            for group in (128, 320, 32):
+                s = torch.rand(n, -(-k // group), generator=rng).bfloat16()
+                z = torch.randint(-8, 8, s.shape, dtype=torch.int8, generator=rng)
+                digest.update(cpu.gemm_int4(x, v, s, z, s[:, 0].float(), group, True).float().numpy().tobytes())
+                digest.update(cpu.gemm_int4(x, v, s, None, None, group, True).float().numpy().tobytes())
             for activation in ("relu", "silu", "gelu", "gelu_tanh"):
                 digest.update(cpu.gemm_int4(x, v, s, None, None, 32, True, activation).float().numpy().tobytes())
     print(C.isa(), digest.hexdigest())

@@ -134,6 +134,7 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
         unpacker.unpack_step(unpacked, (place + kAhead) % kSteps);
       }
       tile_store_sums<row_tiles, panels>(sums);
+      for (int p = 0; p < panels; ++p) __builtin_prefetch(weight.scale(panel + panels + p, group));
       for_tiles_of_pair<planes, panels>(tile.rows, 0, [&](int row, int rows, int p, int at) LEPTON_LAMBDA_INLINE {
         add_groups<planes, 1>(tile, row, rows, panel + p, group, sums + at, panels * kTileSums, y + at);
       });
