@@ -74,7 +74,7 @@ struct Unpacker {
   const int64_t panel_bytes;
   int panel, group = 0, left = steps, left_of_group = 0;
   const uint8_t* next = weight.panel(panel);
-  ZeroPoints zeros[panels];
+  ZeroPoints zeros[panels] = {};
 
   LEPTON_INLINE void unpack_step(uint8_t (&out)[kSteps][panels][kTileBytes], int place) {
     if (panel == panel_end) return;
@@ -170,13 +170,15 @@ LEPTON_INLINE void unpack_piece(const PackedWeight& weight, int panel, const Pie
 }
 
 struct Block {
-  int first_group, count, steps;
+  int first_group;
+  int count = 0, steps = 0;  // of the pieces
   Piece pieces[kStepBlock];
 };
 
 // The steps from (group, step) on that fit a block; moves group and step behind them.
 LEPTON_INLINE Block next_block(const PackedWeight& weight, int& group, int& step) {
-  Block block{.first_group = group, .count = 0, .steps = 0};
+  Block block;
+  block.first_group = group;
   while (block.steps < kStepBlock && group < weight.groups()) {
     const int k0 = group * weight.group, left = weight.k - k0;
     const int end = divide_up(k0 + (left < weight.group ? left : weight.group), kTileStep);
