@@ -19,12 +19,8 @@ struct GemmInt4 {
   static constexpr int kRows = kInt4Rows, kPanels = kInt4Panels;
   template <int planes, int rows, int panels>
   static void multiply(const GemmTile& tile, int row, int panel0);
-#if defined(LEPTON_ISA_AMX)
   template <int planes, int panels>
-  static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
-    multiply_int4_tiles<planes, panels>(tile, panel_begin, panel_end);
-  }
-#endif
+  static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end);
 };
 
 template <int planes, int rows, int panels>
@@ -57,14 +53,12 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
       __builtin_prefetch(weight.scale(panel0 + panels + p, g));
       const F32x16 scale = load_f32<Dtype::f32>(weight.scale(panel0 + p, g));
-      const I32x16 zero = weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel0 + p, g));
+      const I32x16 zero = load_zeros(weight, panel0 + p, g);
       unroll<kRows>([&]<int r>() LEPTON_LAMBDA_INLINE {
-        I32x16 sums[planes];
-        unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
-          const I32x16 shift = mul(zero, broadcast_i32(q_sum[(r * planes + plane) * groups]));
-          sums[plane] = sub(acc[p][r * planes + plane], shift);
-        });
-        y[p][r] = add(y[p][r], mul(join_planes<planes>(sums[0], sums[planes - 1]), scale));
+        I32x16 products[planes];
+        unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE { products[plane] = acc[p][r * planes + plane]; });
+        y[p][r] =
+            add(y[p][r], scaled_group<planes>(weight, products, zero, q_sum + r * planes * groups, groups, scale));
       });
     });
   }
@@ -75,6 +69,13 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
     });
   });
 }
+
+#if defined(LEPTON_ISA_AMX)
+template <int planes, int panels>
+LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
+  multiply_int4_tiles<planes, panels>(tile, panel_begin, panel_end);
+}
+#endif
 
 }  // namespace
 

@@ -35,6 +35,11 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.y_stride = args.weight.n;
   const int64_t y_bytes = int64_t(args.m) * args.weight.n * dtype_bytes(args.y_dtype);
   tile.write_rows = y_bytes > l2_bytes() && fits_second_level(args.weight);
+  if (tile.write_rows && plan.in_tiles() && args.weight.bits == 4) {
+    const int steps = args.weight.group_steps();
+    const int64_t bytes = int64_t(args.weight.panels()) * steps * kPanel * kTileStep;
+    if (steps <= kUnpackedSteps && bytes <= l2_bytes() / 2) tile.unpacked_steps = steps;
+  }
   return tile;
 }
 
@@ -45,9 +50,7 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 
 }  // namespace
 
-bool fits_second_level(const PackedWeight& weight) {
-  return weight.panels() * weight.panel_bytes() * 8 / weight.bits <= l2_bytes() / 2;
-}
+bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
 
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;
@@ -103,10 +106,8 @@ void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int r
   GemmTile tile = tile_of(plan, args, row0, rows, panel_begin, panel_end);
   thread_local Scratch scratch;
   const int planes = plan.quantized ? plan.integers.out.planes : 1;
-  if (plan.in_tiles() || !plan.quantized) {
-    const int unpacked_panels = args.weight.bits == 4 && tile.write_rows ? panel_end - panel_begin : 0;
-    tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes, unpacked_panels)));
-  }
+  if (plan.in_tiles() || !plan.quantized)
+    tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes, panel_end - panel_begin, tile.unpacked_steps)));
   tile_kernel(plan, args.weight.bits, isa)(tile);
 }
 

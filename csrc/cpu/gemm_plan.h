@@ -21,7 +21,7 @@ struct Activations {
   bool in_tiles() const { return quantized && integers.out.layout == RowLayout::tiles; }
 };
 
-// Whether the weights, as int8, leave half of the second-level cache to all else.
+// Whether the weights leave half of the second-level cache to all else.
 bool fits_second_level(const PackedWeight& weight);
 
 // Lays the prepared activations of all rows out in one scratch buffer.

@@ -11,7 +11,7 @@
 
 namespace lepton {
 
-// Bytes ahead of a single row's reads of weights: it uses each weight once, at the speed of memory.
+// Bytes ahead of the reads of weights: few rows use each weight once, at the speed of memory.
 constexpr int kPrefetchBytes = 4096;
 constexpr int kDirectRows = 4;  // gemm_dequant uses weights from registers for so few rows, without a buffer
 
@@ -35,16 +35,19 @@ struct GemmTile {
   int64_t y_stride;
   // Y overflows the second-level cache, the weights do not: rows are best written from end to end.
   bool write_rows;
+  // 4 bit in tile registers, and write_rows: a panel's steps of 64 k (group_steps), all of which are unpacked in
+  // scratch. 0: block after block.
+  int unpacked_steps;
 };
 
-// Bytes of a panel's 4-bit weights that are unpacked at a time for tile registers: 512 k as int8.
-constexpr int kUnpackedPanel = 8 * kTileRows * kTileStep;
+// Steps of k, of two panels of 4-bit weights, that are unpacked at a time: 16 KiB, which stay in the first-level cache.
+constexpr int kUnpackedSteps = 8;
 
 // Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums
-// of two panels, twice, and once more for one pair; where rows are written from end to end, all panels unpacked.
-constexpr int64_t scratch_bytes(int rows, int unpacked_panels) {
+// of two panels, twice, and once more for one pair; then unpacked_steps of all panels.
+constexpr int64_t scratch_bytes(int rows, int panels, int unpacked_steps) {
   return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4) +
-         int64_t(unpacked_panels) * kUnpackedPanel;
+         int64_t(panels) * unpacked_steps * kPanel * kTileStep;
 }
 
 using GemmTileFn = void(const GemmTile&);

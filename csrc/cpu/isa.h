@@ -13,7 +13,7 @@ enum class Isa : int {
   avxvnni,      // the same and AVX-VNNI, 256-bit vpdpbusd (Alder Lake)
   avx512vnni,   // x86-64-v4 (AVX-512 F, BW, CD, DQ, VL) and VNNI
   avx512vbmi2,  // the same and VBMI, VBMI2, BITALG, VPOPCNTDQ (Ice Lake, Zen 4)
-  amx,          // the same and BF16, and tile registers: AMX-TILE, AMX-INT8, AMX-BF16 (Sapphire Rapids)
+  amx,          // the same, BF16 and GFNI, and tile registers: AMX-TILE, AMX-INT8, AMX-BF16 (Sapphire Rapids)
   neondot,      // AArch64 with the dot product (Armv8.2: Cortex-A55 and -A76, Neoverse N1)
 };
 

@@ -42,6 +42,15 @@ struct PackedWeight {
 
   int panels() const { return divide_up(n, kPanel); }
   int groups() const { return bits == 8 ? 1 : divide_up(k, group); }
+  // Steps of 64 k in tile registers, each of one group: a step that groups share counts once for each.
+  int group_steps() const {
+    int steps = 0;
+    for (int begin = 0; begin < k; begin += groups() == 1 ? k : group) {
+      const int left = k - begin;
+      steps += divide_up(begin + (left < group ? left : group), 64) - begin / 64;
+    }
+    return steps;
+  }
   // Bytes of one panel's data.
   int64_t panel_bytes() const {
     return bits == 8 ? int64_t(kPanel) * round_up(k, kQuad) : int64_t(kPanel) * round_up(k, kNibbleBlock) / 2;

@@ -150,13 +150,13 @@ digest = hashlib.sha256()
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for m, n, k in ((1, 130, 300), (5, 33, 31), (70, 100, 768)):
+        for m, n, k in ((1, 130, 300), (5, 33, 31), (13, 33, 99), (70, 100, 768)):
             x = torch.randn(m, k, generator=rng.manual_seed(m)).to(dtype)
             w = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
             s = torch.rand(n, 1, generator=rng)
             digest.update(cpu.gemm_int8(x, w, s, s[:, 0], True).float().numpy().tobytes())
             v = reference.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng))
-            for group in (128, 320, 32):
+            for group in (128, 320, k, 32):
                 s = torch.rand(n, -(-k // group), generator=rng).bfloat16()
                 z = torch.randint(-8, 8, s.shape, dtype=torch.int8, generator=rng)
                 digest.update(cpu.gemm_int4(x, v, s, z, s[:, 0].float(), group, True).float().numpy().tobytes())

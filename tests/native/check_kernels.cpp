@@ -448,7 +448,7 @@ int main() {
   for (const auto& [m, n, k] : kShapes) {
     for (const int group_size : kGroups) {
       for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
-        const int group = group_size < 0 ? round_up(k, kNibbleBlock) : group_size;
+        const int group = group_size < 0 ? k : group_size;
         const Problem problem = make_problem(rng, m, n, k, group, dtype);
         for (const bool quantize_activations : {true, false}) {
           check_product(problem, quantize_activations, exact, split);

@@ -17,21 +17,18 @@ constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;  // of a 2 x 2 block
 
 // Tile registers for the length of a scope. Released at its end, so that a switch of threads need not save them.
 struct TileScope {
-  // For `rows` rows, of all planes: a product takes a cycle for each row of its tile, so a single pair of row tiles has
-  // no more of them than it needs.
+  // For products of `rows` rows, each of `planes` planes. A product takes a cycle for each row of its tile, so a pair
+  // of row tiles that is the only one has no more of them than it needs.
   LEPTON_INLINE TileScope(int rows, int planes) {
-    int tile_rows[2] = {kTileRows, kTileRows};
-    if (rows <= 2 * kTileRows) {
-      tile_rows[1] = planes == 2 ? rows / 2 : rows - kTileRows;
-      if (tile_rows[1] <= 0) tile_rows[1] = kTileRows;  // not used
-      if (planes == 2 || rows < kTileRows) tile_rows[0] = rows / planes;
-    }
+    const int first = rows < kTileRows ? rows : kTileRows;
+    const int second = planes == 2 ? first : rows > kTileRows ? rows - kTileRows : 1;  // 1: not multiplied, but stored
+    const bool one_pair = rows * planes <= 2 * kTileRows;
+    const int tile_rows[2] = {one_pair ? first : kTileRows, one_pair ? second : kTileRows};
     alignas(64) uint8_t config[64] = {1};  // palette 1; from 16 on the bytes of a row, from 48 on the rows
     for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = kTileStep;
-      config[48 + tile] = uint8_t(tile < 4   ? tile_rows[tile / kTilePanels]
-                                  : tile < 6 ? tile_rows[tile - 4]
-                                             : kTileRows);
+      const bool sums = tile < 2 * kTilePanels, activations = tile == 4 || tile == 5;
+      config[48 + tile] = uint8_t(sums ? tile_rows[tile / kTilePanels] : activations ? tile_rows[tile - 4] : kTileRows);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }

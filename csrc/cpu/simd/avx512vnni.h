@@ -116,15 +116,6 @@ LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
   });
 }
 
-// acc += w u8 . a s8, four bytes a lane.
-template <int rows>
-LEPTON_INLINE void dot_u8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
-  const __m512i weights = _mm512_load_si512(w);
-  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
-    acc[r].v = _mm512_dpbusd_epi32(acc[r].v, weights, broadcast_quad(a + r * lda));
-  });
-}
-
 template <int rows>
 LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
   const __m512i low = _mm512_set1_epi8(0xf);

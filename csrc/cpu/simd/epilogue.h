@@ -24,6 +24,24 @@ LEPTON_INLINE F32x16 join_planes(I32x16 high, I32x16 low) {
   return add(mul(to_f32(high), broadcast_f32(256)), to_f32(low));
 }
 
+// The float sum of a group of 4-bit weights, from each plane's sum of activations times nibbles. q_sum: the sum of the
+// activations, the planes' plane_step apart.
+template <int planes>
+LEPTON_INLINE F32x16 scaled_group(const PackedWeight& weight, const I32x16 (&products)[planes], I32x16 zero,
+                                  const int32_t* q_sum, int plane_step, F32x16 scale) {
+  I32x16 sums[planes];
+  unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
+    const int32_t sum = q_sum[plane * plane_step];
+    sums[plane] = sub(products[plane], weight.symmetric ? broadcast_i32(8 * sum) : mul(zero, broadcast_i32(sum)));
+  });
+  return mul(join_planes<planes>(sums[0], sums[planes - 1]), scale);
+}
+
+// The zero points of a panel's group; not used where the weight is symmetric.
+LEPTON_INLINE I32x16 load_zeros(const PackedWeight& weight, int panel, int group) {
+  return weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel, group));
+}
+
 LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16 v) {
   v = activate(v, tile.activation);
   const int n0 = panel * kPanel, count = tile.weight.n - n0;

@@ -10,21 +10,15 @@ namespace {
 
 constexpr int kNibbleVector = 2 * kQuad;  // k in 64 bytes of nibbles
 
-// What unpacking takes off the nibbles of a panel's group: 8, and what the zero point differs from it, byte by byte.
-struct ZeroPoints {
-  bool symmetric;
-  __m512i less_eight;
-};
-
-LEPTON_INLINE ZeroPoints zero_points(const PackedWeight& weight, int panel, int group) {
-  if (weight.symmetric) return {true, _mm512_setzero_si512()};
-  const __m512i zero = _mm512_mullo_epi32(load_u8(weight.zero(panel, group)).v, _mm512_set1_epi32(0x01010101));
-  return {false, _mm512_sub_epi8(zero, _mm512_set1_epi8(8))};
+// What a panel's zero points differ from 8, byte by byte; not used where the weight is symmetric.
+LEPTON_INLINE __m512i zeros_less_eight(const PackedWeight& weight, int panel, int group) {
+  const __m512i zero = _mm512_mullo_epi32(load_zeros(weight, panel, group).v, _mm512_set1_epi32(0x01010101));
+  return _mm512_sub_epi8(zero, _mm512_set1_epi8(8));
 }
 
 // 64 bytes of nibbles to s8, nibble - zero: the low ones, then the high ones.
 template <bool symmetric>
-LEPTON_INLINE void unpack(const uint8_t* w, const ZeroPoints& zeros, uint8_t* out) {
+LEPTON_INLINE void unpack(const uint8_t* w, __m512i less_eight, uint8_t* out) {
   // Affine over bits (GFNI), byte 7 - i of the matrix for bit i: bits 0 to 2 of the nibble as they are, its bit 3 five
   // times, all of those inverted. That is the nibble less 8.
   constexpr uint64_t kLowNibble = 0x0102040808080808, kHighNibble = 0x1020408080808080;
@@ -32,8 +26,8 @@ LEPTON_INLINE void unpack(const uint8_t* w, const ZeroPoints& zeros, uint8_t* ou
   __m512i low = _mm512_gf2p8affine_epi64_epi8(pair, _mm512_set1_epi64(kLowNibble), 0xf8);
   __m512i high = _mm512_gf2p8affine_epi64_epi8(pair, _mm512_set1_epi64(kHighNibble), 0xf8);
   if constexpr (!symmetric) {
-    low = _mm512_sub_epi8(low, zeros.less_eight);
-    high = _mm512_sub_epi8(high, zeros.less_eight);
+    low = _mm512_sub_epi8(low, less_eight);
+    high = _mm512_sub_epi8(high, less_eight);
   }
   _mm512_store_si512(out, low);
   _mm512_store_si512(out + 64, high);
@@ -61,7 +55,7 @@ void add_groups(const GemmTile& tile, int row, int rows, int panel, int group, c
     const F32x16 bias = load_bias(tile, panel), column_sum = load_f32<Dtype::f32>(tile.weight.sum_f32(panel));
     for (int r = 0; r < rows; ++r) store_dequantized<planes>(tile, row + r, panel, added(r), column_sum, bias);
   } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 4  // a few percent with 16 rows
     for (int r = 0; r < rows; ++r) store_f32<Dtype::f32>(y + r * kPanel, added(r));
   }
 }
@@ -74,12 +68,12 @@ struct Unpacker {
   const int64_t panel_bytes;
   int panel, group = 0, left = steps, left_of_group = 0;
   const uint8_t* next = weight.panel(panel);
-  ZeroPoints zeros[panels] = {};
+  __m512i zeros[panels] = {};
 
   LEPTON_INLINE void unpack_step(uint8_t (&out)[kSteps][panels][kTileBytes], int place) {
     if (panel == panel_end) return;
     if (left_of_group == 0) {
-      for (int p = 0; p < panels; ++p) zeros[p] = zero_points(weight, panel + p, group);
+      for (int p = 0; p < panels; ++p) zeros[p] = zeros_less_eight(weight, panel + p, group);
       left_of_group = group_steps;
       ++group;
     }
@@ -142,9 +136,6 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
   }
 }
 
-// Steps of k that are unpacked at a time: weights of two panels that stay in the first-level cache (16 KiB).
-constexpr int kStepBlock = kUnpackedPanel / kTileBytes;
-
 // Steps of one group in a block of unpacked weights. Weights of other groups are 0 in it.
 struct Piece {
   int group, step, steps;
@@ -158,11 +149,11 @@ LEPTON_INLINE void unpack_piece(const PackedWeight& weight, int panel, const Pie
   const int group_end = k0 + round_up(left < weight.group ? left : weight.group, kNibbleBlock);
   const int begin = piece.step * kTileStep, end = begin + piece.steps * kTileStep;
   const int from = k0 > begin ? k0 : begin, to = group_end < end ? group_end : end;
-  const ZeroPoints zeros = zero_points(weight, panel, piece.group);
+  const __m512i zeros = zeros_less_eight(weight, panel, piece.group);
   const uint8_t* w = weight.panel(panel) + int64_t(from) * kPanel / 2;
   if (from > begin) __builtin_memset(out, 0, size_t(from - begin) * kPanel);
   out += (from - begin) * kPanel;
-  if (zeros.symmetric)
+  if (weight.symmetric)
     for (int k = from; k < to; k += kNibbleVector, w += 64, out += 128) unpack<true>(w, zeros, out);
   else
     for (int k = from; k < to; k += kNibbleVector, w += 64, out += 128) unpack<false>(w, zeros, out);
@@ -172,17 +163,17 @@ LEPTON_INLINE void unpack_piece(const PackedWeight& weight, int panel, const Pie
 struct Block {
   int first_group;
   int count = 0, steps = 0;  // of the pieces
-  Piece pieces[kStepBlock];
+  Piece pieces[kUnpackedSteps];
 };
 
 // The steps from (group, step) on that fit a block; moves group and step behind them.
 LEPTON_INLINE Block next_block(const PackedWeight& weight, int& group, int& step) {
   Block block;
   block.first_group = group;
-  while (block.steps < kStepBlock && group < weight.groups()) {
+  while (block.steps < kUnpackedSteps && group < weight.groups()) {
     const int k0 = group * weight.group, left = weight.k - k0;
     const int end = divide_up(k0 + (left < weight.group ? left : weight.group), kTileStep);
-    const int room = kStepBlock - block.steps, steps = end - step < room ? end - step : room;
+    const int room = kUnpackedSteps - block.steps, steps = end - step < room ? end - step : room;
     Piece& piece = block.pieces[block.count++];
     piece = {group, step, steps, block.steps, step == k0 / kTileStep, step + steps == end};
     block.steps += steps;
@@ -191,12 +182,13 @@ LEPTON_INLINE Block next_block(const PackedWeight& weight, int& group, int& step
   return block;
 }
 
-// The weights of a block, to out[panels][kUnpackedPanel].
+// The weights of a block; panels panel_stride bytes apart.
 template <int panels>
-LEPTON_INLINE void unpack_block(const PackedWeight& weight, int panel, const Block& block, uint8_t* out) {
+LEPTON_INLINE void unpack_block(const PackedWeight& weight, int panel, const Block& block, uint8_t* out,
+                                int64_t panel_stride) {
   for (int i = 0; i < block.count; ++i)
     for (int p = 0; p < panels; ++p)
-      unpack_piece(weight, panel + p, block.pieces[i], out + p * kUnpackedPanel + block.pieces[i].place * kTileBytes);
+      unpack_piece(weight, panel + p, block.pieces[i], out + p * panel_stride + block.pieces[i].place * kTileBytes);
 }
 
 // The groups that a block of pieces ended, for a pair of row tiles: their exact sums on the way into Y.
@@ -234,7 +226,7 @@ LEPTON_INLINE void add_ended_groups(const GemmTile& tile, const EndedGroups& end
 
 template <int planes, int panels>
 LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
-  alignas(64) int32_t group_sums[kStepBlock][kTilePairSums];
+  alignas(64) int32_t group_sums[kUnpackedSteps][kTilePairSums];
   const PackedWeight& weight = tile.weight;
   const int64_t tile_stride = kTileRows * tile.q.stride;
   const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
@@ -250,7 +242,7 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
     add_ended_groups<planes, panels>(tile, ended, group_sums[0], y_sums + int64_t(ended.pair) * kTilePairSums);
   };
   const auto multiply_block = [&](int panel, int pair, const Block& block, const uint8_t* unpacked,
-                                  TilePrefetch& prefetch) {
+                                  int64_t panel_stride, TilePrefetch prefetch) {
     int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
     int ended_groups = 0;
     for (int i = 0; i < block.count; ++i) {
@@ -259,36 +251,38 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
       const uint8_t* w = unpacked + piece.place * kTileBytes;
       const int32_t* const before = piece.first ? nullptr : kept;
       if (2 * pair + 1 < row_tiles)
-        tile_multiply<true, 2, panels>(a, tile_stride, w, kUnpackedPanel, piece.steps, before, finished, prefetch);
+        tile_multiply<true, 2, panels>(a, tile_stride, w, panel_stride, piece.steps, before, finished, prefetch);
       else
-        tile_multiply<true, 1, panels>(a, tile_stride, w, kUnpackedPanel, piece.steps, before, finished, prefetch);
+        tile_multiply<true, 1, panels>(a, tile_stride, w, panel_stride, piece.steps, before, finished, prefetch);
       prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
       if (i == 0) add_ended();  // now that the first product has stored the last of its sums
       finished = piece.last ? group_sums[ended_groups++] : kept;
     }
     ended = {panel, pair, block.first_group, ended_groups};
   };
-  int group = 0, step = 0;
-  Block block = next_block(weight, group, step);
-  if (tile.write_rows && group == weight.groups()) {  // all of k is one block
+  if (tile.unpacked_steps > 0) {
     uint8_t* const unpacked = reinterpret_cast<uint8_t*>(y_sums + int64_t(pairs) * kTilePairSums);
-    const auto of_panel = [&](int panel) { return unpacked + int64_t(panel - panel_begin) * kUnpackedPanel; };
+    const int64_t panel_stride = int64_t(tile.unpacked_steps) * kTileBytes;
+    const auto of_panel = [&](int panel) { return unpacked + (panel - panel_begin) * panel_stride; };
+    int group = 0, step = 0;
+    const Block block = next_block(weight, group, step);
     for (int panel = panel_begin; panel < panel_end; panel += panels)
-      unpack_block<panels>(weight, panel, block, of_panel(panel));
-    TilePrefetch nothing{};
+      unpack_block<panels>(weight, panel, block, of_panel(panel), panel_stride);
     for (int pair = 0; pair < pairs; ++pair)
       for (int panel = panel_begin; panel < panel_end; panel += panels)
-        multiply_block(panel, pair, block, of_panel(panel), nothing);
+        multiply_block(panel, pair, block, of_panel(panel), panel_stride, {});
   } else {
-    alignas(64) uint8_t unpacked[panels * kUnpackedPanel];
+    constexpr int kPanelStride = kUnpackedSteps * kTileBytes;
+    alignas(64) uint8_t unpacked[panels * kPanelStride];
     for (int panel = panel_begin; panel < panel_end; panel += panels) {
-      for (group = step = 0; group < weight.groups();) {
-        block = next_block(weight, group, step);
-        unpack_block<panels>(weight, panel, block, unpacked);
+      for (int group = 0, step = 0; group < weight.groups();) {
+        const Block block = next_block(weight, group, step);
+        unpack_block<panels>(weight, panel, block, unpacked, kPanelStride);
         const uint8_t* const wanted = group == weight.groups() ? weight.panel(panel + panels)
                                                                : weight.panel(panel) + int64_t(step) * (kTileBytes / 2);
         TilePrefetch prefetch{wanted, weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
-        for (int pair = 0; pair < pairs; ++pair) multiply_block(panel, pair, block, unpacked, prefetch);
+        for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(block.steps) * prefetch.lines * 64)
+          multiply_block(panel, pair, block, unpacked, kPanelStride, prefetch);
       }
     }
   }

@@ -1,5 +1,5 @@
-// int4_unpacked.h - 4-bit weights for many rows: some groups of four panels are unpacked to bytes, which stay in the
-// first-level cache while rows pass by.
+// int4_unpacked.h - 4-bit weights for many rows on AVX-512 without tile registers: some groups of four panels are
+// unpacked to bytes, which stay in the first-level cache while rows pass by.
 #pragma once
 
 #include "cpu/gemm_tile.h"
@@ -23,6 +23,15 @@ LEPTON_INLINE void unpack_nibbles(const uint8_t* w, int k, uint8_t* out) {
   }
 }
 
+// acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A int8, W uint8 [16][4] on 64 bytes.
+template <int rows>
+LEPTON_INLINE void dot_u8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  const __m512i weights = _mm512_load_si512(w);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+    acc[r].v = _mm512_dpbusd_epi32(acc[r].v, weights, broadcast_quad(a + r * lda));
+  });
+}
+
 // Adds group g, unpacked at w (panels panel_stride bytes apart), to the sums y[row][panels][16], or, if it is the last,
 // writes Y.
 template <int planes, int rows, int panels>
@@ -35,6 +44,7 @@ LEPTON_INLINE void multiply_group(const GemmTile& tile, int row, int panel0, int
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
   for (int q = 0; q < quads; ++q, a += kQuad, w += kPanel * kQuad)
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { dot_u8<rows>(acc[p], a, tile.q.stride, w + p * panel_stride); });
+  // Through memory: gcc keeps the sums of the loop above in registers only if nothing else is done with them.
   alignas(64) int32_t sums[panels][rows][kPanel];
   unroll<panels * rows>([&]<int i>()
                             LEPTON_LAMBDA_INLINE { store_i32(sums[i / rows][i % rows], acc[i / rows][i % rows]); });
@@ -44,19 +54,15 @@ LEPTON_INLINE void multiply_group(const GemmTile& tile, int row, int panel0, int
   I32x16 zero[panels];
   unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
     scale[p] = load_f32<Dtype::f32>(weight.scale(panel0 + p, g));
-    zero[p] = weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel0 + p, g));
+    zero[p] = load_zeros(weight, panel0 + p, g);
   });
   for (int r = 0; r < rows; r += planes, q_sum += planes * groups, y += panels * kPanel) {
     unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
-      I32x16 of_plane[planes];
-      unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
-        const int32_t a_sum = q_sum[plane * groups];
-        const I32x16 shift = weight.symmetric ? broadcast_i32(8 * a_sum) : mul(zero[p], broadcast_i32(a_sum));
-        of_plane[plane] = sub(load_i32(sums[p][r + plane]), shift);
-      });
+      I32x16 products[planes];
+      unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE { products[plane] = load_i32(sums[p][r + plane]); });
       const F32x16 before = first ? broadcast_f32(0) : load_f32<Dtype::f32>(y + p * kPanel);
-      const F32x16 sum = add(before, mul(join_planes<planes>(of_plane[0], of_plane[planes - 1]), scale[p]));
-      store_f32<Dtype::f32>(y + p * kPanel, sum);
+      store_f32<Dtype::f32>(y + p * kPanel,
+                            add(before, scaled_group<planes>(weight, products, zero[p], q_sum, groups, scale[p])));
     });
     if (!last) continue;
     for (int p = 0; p < panels; ++p)
@@ -84,8 +90,9 @@ LEPTON_INLINE void multiply_unpacked(const GemmTile& tile, int panel0) {
       for_row_blocks<kRows, planes>(rows_here, [&]<int rows>(int row) LEPTON_LAMBDA_INLINE {
         for (int g = g0; g < g_end; ++g) {
           const int from = (g - g0) * weight.group, count = k - from < weight.group ? k - from : weight.group;
-          multiply_group<planes, rows, panels>(tile, row0 + row, panel0, g, count / kQuad, unpacked + from * kPanel,
-                                               kPanelStride, y + row / planes * panels * kPanel);
+          multiply_group<planes, rows, panels>(tile, row0 + row, panel0, g, divide_up(count, kQuad),
+                                               unpacked + from * kPanel, kPanelStride,
+                                               y + row / planes * panels * kPanel);
         }
       });
     }
