@@ -35,6 +35,9 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.y_stride = args.weight.n;
   const int64_t y_bytes = int64_t(args.m) * args.weight.n * dtype_bytes(args.y_dtype);
   tile.write_rows = y_bytes > l2_bytes() && fits_second_level(args.weight);
+  const uintptr_t line_offset = (reinterpret_cast<uintptr_t>(args.y) | uintptr_t(args.weight.n) * sizeof(float)) % 64;
+  tile.stream =
+      plan.in_tiles() && args.y_dtype == Dtype::f32 && line_offset == 0 && y_bytes > l2_bytes() && !tile.write_rows;
   if (tile.write_rows && plan.in_tiles() && args.weight.bits == 4) {
     const int steps = args.weight.group_steps();
     const int64_t bytes = int64_t(args.weight.panels()) * steps * kPanel * kTileStep;

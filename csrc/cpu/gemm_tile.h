@@ -35,6 +35,9 @@ struct GemmTile {
   int64_t y_stride;
   // Y overflows the second-level cache, the weights do not: rows are best written from end to end.
   bool write_rows;
+  // Tile registers: Y overflows the second-level cache, is made of whole cache lines of f32, and is written in pieces
+  // of rows: past the caches.
+  bool stream;
   // 4 bit in tile registers, and write_rows: a panel's steps of 64 k (group_steps), all of which are unpacked in
   // scratch. 0: block after block.
   int unpacked_steps;

@@ -48,6 +48,9 @@ LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16
   char* y = static_cast<char*>(tile.y) + (row * tile.y_stride + n0) * dtype_bytes(tile.y_dtype);
   switch (tile.y_dtype) {
     case Dtype::f32:
+#if defined(LEPTON_ISA_AMX)
+      if (tile.stream) return _mm512_stream_ps(reinterpret_cast<float*>(y), v.v);
+#endif
       return store_partial<Dtype::f32>(y, count, v);
     case Dtype::bf16:
       return store_partial<Dtype::bf16>(y, count, v);

@@ -48,6 +48,7 @@ void multiply_tiles(const GemmTile& tile) {
   const int rest = (tile.panel_end - tile.panel_begin) % kTilePanels, end = tile.panel_end - rest;
   if (tile.panel_begin < end) Kernel::template multiply_tiles<planes, kTilePanels>(tile, tile.panel_begin, end);
   if (rest > 0) Kernel::template multiply_tiles<planes, 1>(tile, end, tile.panel_end);
+  if (tile.stream) _mm_sfence();  // before other threads hear that Y is there
 }
 #endif
 
