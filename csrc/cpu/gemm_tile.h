@@ -33,7 +33,8 @@ struct GemmTile {
   void* y;  // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
-  // Y overflows the second-level cache, the weights do not: rows are best written from end to end.
+  // Y overflows the second-level cache, the weights do not: rows are best written from end to end, which the kernels do
+  // where k is one block.
   bool write_rows;
   // Tile registers: Y overflows the second-level cache, is made of whole cache lines of f32, and is written in pieces
   // of rows: past the caches.

@@ -124,9 +124,10 @@ def test_gemm_int4_is_exact_over_drawn_shapes(m, n, k, group_size, symmetric, th
 
 @pytest.mark.parametrize("quantize_activations", [True, False])
 def test_an_output_larger_than_the_caches_has_the_bits_of_its_parts(quantize_activations, rng):
-    x, weight, scale, bias = make_int8(4096, 1024, 1040, torch.float32, rng)
+    # With 2 MiB of second-level cache Y overflows it, and so do the weights, as int4 too: Y is streamed on AMX.
+    x, weight, scale, bias = make_int8(4096, 2048, 1040, torch.float32, rng)
     values = reference.pack_int4(weight.clamp(-8, 7))
-    group_scale = torch.rand(1024, 9, generator=rng).bfloat16()
+    group_scale = torch.rand(2048, 9, generator=rng).bfloat16()
     for product in (
         lambda x: cpu.gemm_int8(x, weight, scale, bias, quantize_activations),
         lambda x: cpu.gemm_int4(x, values, group_scale, None, bias, 128, quantize_activations),
