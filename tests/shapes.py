@@ -11,6 +11,7 @@ GEMM = [
     (7, 15, 65),  # one past a block of rows; below a panel; one past a vector of k
     (13, 129, 257),  # one past a block of k
     (130, 48, 520),  # many row blocks, two blocks of k and a rest
+    (100, 33, 10000),  # rows cut where a tile register has 15 of them
     (300, 100, 768),  # several tiles of rows
     (2200, 330, 130),  # Y overflows a second-level cache, the weights do not; rows enough to share out
 ]

@@ -22,8 +22,8 @@ constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;
 constexpr int64_t kParallelWork = 1000 * 1000;
 // Tiles per thread: enough that a late thread costs little, few enough that dealing them out costs nothing.
 constexpr int kTilesPerThread = 4;
-// A tile's rows are a multiple of what a kernel takes at a time: 6 or 12 with vectors, 32 with tile registers.
-constexpr int kRowMultiple = 12, kTileRowMultiple = 2 * kTileRows;
+// A tile's rows are a multiple of what a kernel takes at a time: 6 or 12 with vectors, two tiles with tile registers.
+constexpr int kRowMultiple = 12;
 // A panel group of a tile holds a multiple of this many panels, the most that a kernel takes side by side.
 constexpr int kPanelMultiple = 4;
 
@@ -33,7 +33,7 @@ constexpr int kLeastRowsShared = 256;
 
 // Rows of a tile: what fits the share of the cache, dealt evenly.
 int rows_of_tile(const Activations& plan, const PackedWeight& weight, int m, int threads) {
-  const int multiple = plan.in_tiles() ? kTileRowMultiple : kRowMultiple;
+  const int multiple = plan.in_tiles() ? 2 * plan.integers.out.tile_rows : kRowMultiple;
   const int64_t bytes = plan.in_tiles()  ? l2_bytes() / kTileCacheShare
                         : plan.quantized ? l2_bytes() / kVectorCacheShare
                                          : kFloatActivationBytes;

@@ -71,8 +71,8 @@ constexpr int kStepBlock = 13, kWholeSteps = 16;
 
 template <int planes, int panels>
 LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
-  const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = kTileRows * tile.q.stride;
-  const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = tile.q.tile_stride();
+  const int row_tiles = tile.q.tiles_of(tile.rows), pairs = divide_up(row_tiles, 2);
   const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
   const int steps = divide_up(tile.weight.k, kTileStep);
   const int blocks = once || steps <= kWholeSteps ? 1 : divide_up(steps, kStepBlock);
@@ -87,20 +87,20 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
   const auto write_previous = [&] {
     if (!previous.last) return;
     for_tiles_of_pair<planes, panels>(
-        tile.rows, previous.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
+        tile, previous.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
           write_output<planes>(tile, row, rows, previous.panel + p, last_sums + place, kPanel, panels * kTileSums);
         });
   };
   const auto multiply_pair = [&](int panel, int pair, int step, int count, const TilePrefetch& prefetch) {
     const bool last = step + count == steps;
-    const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * kTileBytes;
+    const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * tile.q.step_bytes();
     const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
     int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
     const int32_t* const before = step == 0 ? nullptr : kept;
     if (2 * pair + 1 < row_tiles)
-      tile_multiply<false, 2, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+      tile_multiply<false, 2, panels>(a, tile.q, w, panel_bytes, count, before, previous.sums, prefetch);
     else
-      tile_multiply<false, 1, panels>(a, tile_stride, w, panel_bytes, count, before, previous.sums, prefetch);
+      tile_multiply<false, 1, panels>(a, tile.q, w, panel_bytes, count, before, previous.sums, prefetch);
     write_previous();
     previous = {last ? last_sums : kept, panel, pair, last};
   };
@@ -114,7 +114,7 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
         // Of this panel the next block, or the first one of those that come after it.
         const uint8_t* const wanted =
             next < steps ? tile.weight.panel(panel) + int64_t(next) * kTileBytes : tile.weight.panel(panel + panels);
-        TilePrefetch prefetch{wanted, panel_bytes, once ? 0 : divide_up(kTileRows, pairs)};
+        TilePrefetch prefetch{wanted, panel_bytes, once ? 0 : divide_up(kTileLines, pairs)};
         for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(count) * prefetch.lines * 64)
           multiply_pair(panel, pair, step, count, prefetch);
       }

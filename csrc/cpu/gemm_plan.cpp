@@ -69,16 +69,19 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   QuantizedRows rows{};
   rows.planes = args.quantize_activations ? 1 : 2;
   rows.biased = args.weight.bits == 4 || signed_quads(isa);
-  if (isa == Isa::amx && m * rows.planes >= kTileLeastRows)
+  if (isa == Isa::amx && m * rows.planes >= kTileLeastRows) {
     rows.layout = RowLayout::tiles;
-  else
+    rows.tile_rows = even_tile_rows(m);
+  } else {
     rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
+  }
   const int quad = rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
   rows.stride =
       rows.layout == RowLayout::tiles ? round_up(k, kTileStep) : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
   const bool sums = args.weight.bits == 4 && rows.layout != RowLayout::tiles;
-  // Tiles hold whole blocks of rows; what is computed of the rows past m is not used.
-  const size_t plane_rows = size_t(round_up(m, kTileRows)) * size_t(rows.planes);
+  // The last tile is loaded whole; what is computed of its rows past m is not used.
+  const int padded = rows.layout == RowLayout::tiles ? round_up(m, rows.tile_rows) : m;
+  const size_t plane_rows = size_t(round_up(padded * rows.planes, 16));  // 16: what lies behind it stays aligned
   const size_t q_bytes = plane_rows * size_t(rows.stride), i32_bytes = plane_rows * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + i32_bytes * (2 + (sums ? size_t(args.weight.groups()) : 0))));
   rows.q = reinterpret_cast<uint8_t*>(memory);
@@ -108,9 +111,7 @@ void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int r
                    int panel_end) {
   GemmTile tile = tile_of(plan, args, row0, rows, panel_begin, panel_end);
   thread_local Scratch scratch;
-  const int planes = plan.quantized ? plan.integers.out.planes : 1;
-  if (plan.in_tiles() || !plan.quantized)
-    tile.scratch = scratch.get(size_t(scratch_bytes(rows * planes, panel_end - panel_begin, tile.unpacked_steps)));
+  tile.scratch = scratch.get(size_t(scratch_bytes(tile)));
   tile_kernel(plan, args.weight.bits, isa)(tile);
 }
 

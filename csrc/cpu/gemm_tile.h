@@ -26,7 +26,7 @@ struct GemmTile {
   const float* x;  // gemm_dequant: rows x_stride elements apart
   int64_t x_stride;
 
-  void* scratch;  // 64-byte aligned, for the kernel: scratch_bytes()
+  void* scratch;  // 64-byte aligned, for the kernel: scratch_bytes(tile)
 
   const float* bias;  // [n] or null
   Activation activation;
@@ -47,11 +47,14 @@ struct GemmTile {
 // Steps of k, of two panels of 4-bit weights, that are unpacked at a time: 16 KiB, which stay in the first-level cache.
 constexpr int kUnpackedSteps = 8;
 
-// Bytes that a kernel may want for `rows` rows (of all planes) between blocks of k: for each pair of 16 rows the sums
-// of two panels, twice, and once more for one pair; then unpacked_steps of all panels.
-constexpr int64_t scratch_bytes(int rows, int panels, int unpacked_steps) {
-  return int64_t(2 * divide_up(rows, 2 * kTileRows) + 1) * (2 * kTileRows * 2 * kPanel * 4) +
-         int64_t(panels) * unpacked_steps * kPanel * kTileStep;
+// Bytes that the kernels want between blocks of k. Floats: the sums of a panel. Tile registers: for each pair of tiles
+// the sums of two panels, twice, and once more for one pair; then unpacked_steps of all panels.
+inline int64_t scratch_bytes(const GemmTile& tile) {
+  if (tile.x) return tile.rows * (kPanel * 4);
+  if (tile.q.layout != RowLayout::tiles) return 0;
+  const int64_t pairs = divide_up(tile.q.tiles_of(tile.rows), 2);
+  return (2 * pairs + 1) * (2 * kTileRows * 2 * kPanel * 4) +
+         int64_t(tile.panel_end - tile.panel_begin) * tile.unpacked_steps * kPanel * kTileStep;
 }
 
 using GemmTileFn = void(const GemmTile&);

@@ -12,17 +12,22 @@
 
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
+#include "cpu/packed_weight.h"
 
 namespace lepton {
 
 enum class RowLayout : int {
   bytes,  // a row's uint8 in order
   quads,  // the level's quads (simd.h): quad_bytes() for every four
-  tiles,  // what tile registers load: [rows / 16][planes][stride / 64][16][64], 64 k of 16 rows together
+  tiles,  // what tile registers load, 64 k of h = tile_rows rows together: [rows / h][planes][stride / 64][h][64]
 };
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = 16;  // of a tile register
 constexpr int kTileStep = 64;  // k in a row of a tile
+
+// Rows of a tile for products of m rows. One takes a cycle for each row of its tile, so m is dealt evenly to as few
+// tiles as hold it: 33 rows are three times 11, not 16, 16 and 1.
+constexpr int even_tile_rows(int m) { return divide_up(m, divide_up(m, kTileRows)); }
 
 // Bytes of four activations in RowLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
 constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
@@ -36,6 +41,7 @@ constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 // Quantized rows in memory. A row has one plane or two (high bytes, low bytes), which count as rows of their own.
 struct QuantizedRows {
   RowLayout layout;
+  int tile_rows;  // at most kTileRows; where the layout is tiles
   int planes;
   // Every byte is less by 128, as int8 (w4a8, w4a16; signed_quads): the zero points and sums are those of such bytes.
   bool biased;
@@ -47,12 +53,16 @@ struct QuantizedRows {
 
   uint8_t* row(int r, int plane) const {
     if (layout == RowLayout::tiles)
-      return q + (r / kTileRows * planes + plane) * kTileRows * stride + r % kTileRows * kTileStep;
+      return q + int64_t(r / tile_rows * planes + plane) * tile_stride() + r % tile_rows * kTileStep;
     return q + (int64_t(r) * planes + plane) * stride;
   }
   // Bytes from one block of 64 k of a row to the next (layouts bytes and tiles).
-  int step_bytes() const { return layout == RowLayout::tiles ? kTileRows * kTileStep : kTileStep; }
-  // From row r on: a multiple of 16 where the layout is tiles.
+  int step_bytes() const { return layout == RowLayout::tiles ? tile_rows * kTileStep : kTileStep; }
+  // Bytes from a tile's rows to the next tile's, a plane's to the next plane's (layout tiles).
+  int64_t tile_stride() const { return tile_rows * stride; }
+  // Tiles of `rows` rows, of all planes.
+  int tiles_of(int rows) const { return divide_up(rows, tile_rows) * planes; }
+  // From row r on: a multiple of tile_rows where the layout is tiles.
   QuantizedRows from(int r, int groups) const {
     QuantizedRows rows = *this;
     rows.q += int64_t(r) * planes * stride;

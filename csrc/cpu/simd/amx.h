@@ -2,14 +2,14 @@
 // activations, 6 and 7 for weights.
 #pragma once
 
-#include "cpu/packed_weight.h"
-#include "cpu/quantize_rows.h"
+#include "cpu/gemm_tile.h"
 #include "cpu/simd/avx512vnni.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kTileBytes = kTileRows * kTileStep;  // of 16 rows of activations, or of a panel's weights
+constexpr int kTileBytes = kPanel * kTileStep;  // of a panel's weights
+constexpr int kTileLines = kTileBytes / 64;
 
 constexpr int kTilePanels = 2;                              // panels of a 2 x 2 block of sums
 constexpr int kTileSums = kTileRows * kPanel;               // i32 of one tile of sums
@@ -17,18 +17,14 @@ constexpr int kTilePairSums = 2 * kTilePanels * kTileSums;  // of a 2 x 2 block
 
 // Tile registers for the length of a scope. Released at its end, so that a switch of threads need not save them.
 struct TileScope {
-  // For products of `rows` rows, each of `planes` planes. A product takes a cycle for each row of its tile, so a pair
-  // of row tiles that is the only one has no more of them than it needs.
-  LEPTON_INLINE TileScope(int rows, int planes) {
-    const int first = rows < kTileRows ? rows : kTileRows;
-    const int second = planes == 2 ? first : rows > kTileRows ? rows - kTileRows : 1;  // 1: not multiplied, but stored
-    const bool one_pair = rows * planes <= 2 * kTileRows;
-    const int tile_rows[2] = {one_pair ? first : kTileRows, one_pair ? second : kTileRows};
+  // For products with row_tiles tiles of tile_rows rows each.
+  LEPTON_INLINE TileScope(int tile_rows, int row_tiles) {
+    const int rows_of[2] = {tile_rows, row_tiles > 1 ? tile_rows : 1};  // 1: not multiplied, but stored
     alignas(64) uint8_t config[64] = {1};  // palette 1; from 16 on the bytes of a row, from 48 on the rows
     for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = kTileStep;
       const bool sums = tile < 2 * kTilePanels, activations = tile == 4 || tile == 5;
-      config[48 + tile] = uint8_t(sums ? tile_rows[tile / kTilePanels] : activations ? tile_rows[tile - 4] : kTileRows);
+      config[48 + tile] = uint8_t(sums ? rows_of[tile / kTilePanels] : activations ? rows_of[tile - 4] : kPanel);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
@@ -95,15 +91,17 @@ LEPTON_INLINE void tile_store_sums(int32_t* sums) {
   });
 }
 
-// Tiles [2][panels] of sums = before + A @ W over `steps` steps of k; before: such sums, or null for zeros. A: layout
-// tiles, 16 rows a_stride bytes apart. W: s8 [k / 4][16][4], panels w_stride bytes apart. With row_tiles == 1 only the
+// Tiles [2][panels] of sums = before + A @ W over `steps` steps of k; before: such sums, or null for zeros. A:
+// row_tiles tiles of q, from a on. W: s8 [k / 4][16][4], panels w_stride bytes apart. With row_tiles == 1 only the
 // first half of the sums is used.
 //
 // The sums stay in the tiles. A store must wait for its tile's products, and would hold up the next product's: so that
 // one stores them, tile by tile in its first step, to `finished` (null: they are not needed).
 template <bool signed_a, int row_tiles, int panels>
-LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8_t* w, int64_t w_stride, int steps,
-                                 const int32_t* before, int32_t* finished, TilePrefetch prefetch) {
+LEPTON_INLINE void tile_multiply(const uint8_t* a, const QuantizedRows& q, const uint8_t* w, int64_t w_stride,
+                                 int steps, const int32_t* before, int32_t* finished, TilePrefetch prefetch) {
+  const int64_t a_stride = q.tile_stride();
+  const int a_step = q.step_bytes();
   const auto dot = [&]<int row_tile, int panel>(bool first) LEPTON_LAMBDA_INLINE {
     constexpr int sum = row_tile * kTilePanels + panel, place = (row_tile * panels + panel) * kTileSums;
     if (first) tile_exchange<sum>(finished ? finished + place : nullptr, before ? before + place : nullptr);
@@ -124,21 +122,22 @@ LEPTON_INLINE void tile_multiply(const uint8_t* a, int64_t a_stride, const uint8
       dot.template operator()<0, 1>(first);
       dot.template operator()<1, 1>(first);
     }
-    a += kTileBytes;
+    a += a_step;
     w += kTileBytes;
   };
   step(true);
   for (int i = 1; i < steps; ++i) step(false);
 }
 
-// Calls body(row, rows, panel, place) for the rows, at most 16, and the panels whose sums make outputs of a pair of row
-// tiles: two times 16 rows, or both planes of 16. The first plane's sums are at `place`.
+// Calls body(row, rows, panel, place) for the rows, a tile's, and the panels whose sums make outputs of a pair of row
+// tiles: two of one plane, or both planes of one. The first plane's sums are at `place`.
 template <int planes, int panels, typename Body>
-LEPTON_INLINE void for_tiles_of_pair(int rows, int pair, const Body& body) {
+LEPTON_INLINE void for_tiles_of_pair(const GemmTile& tile, int pair, const Body& body) {
+  const int tile_rows = tile.q.tile_rows;
   for (int row_tile = 0; row_tile < 2; row_tile += planes) {
-    const int row = (2 * pair + row_tile) / planes * kTileRows, left = rows - row;
+    const int row = (2 * pair + row_tile) / planes * tile_rows, left = tile.rows - row;
     for (int panel = 0; panel < panels && left > 0; ++panel)
-      body(row, left < kTileRows ? left : kTileRows, panel, (row_tile * panels + panel) * kTileSums);
+      body(row, left < tile_rows ? left : tile_rows, panel, (row_tile * panels + panel) * kTileSums);
   }
 }
 

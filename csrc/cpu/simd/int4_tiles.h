@@ -107,7 +107,8 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
   alignas(64) int32_t sums[row_tiles * panels * kTileSums];
   alignas(64) float y[row_tiles * panels * kTileSums];
   const PackedWeight weight = tile.weight;
-  const int64_t tile_stride = kTileRows * tile.q.stride;
+  const int64_t tile_stride = tile.q.tile_stride();
+  const int a_step = tile.q.step_bytes();
   const int steps = divide_up(weight.k, kTileStep), groups = weight.groups();
   const int group_steps = groups == 1 ? steps : weight.group / kTileStep;
   Unpacker<panels, kSteps> unpacker{weight, steps, group_steps, panel_end, weight.panel_bytes(), panel_begin};
@@ -119,7 +120,7 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
       for_sum_tiles<row_tiles, panels>([&]<int, int, int sum>() LEPTON_LAMBDA_INLINE { tile_zero<sum>(); });
       const bool last = group + 1 == groups;
       const int count = last ? steps - group * group_steps : group_steps;
-      for (int i = 0; i < count; ++i, a += kTileBytes, place = (place + 1) % kSteps) {
+      for (int i = 0; i < count; ++i, a += a_step, place = (place + 1) % kSteps) {
         tile_load<4>(a);
         if constexpr (row_tiles == 2) tile_load<5>(a + tile_stride);
         unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { tile_load<6 + p>(unpacked[place][p]); });
@@ -129,7 +130,7 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
       }
       tile_store_sums<row_tiles, panels>(sums);
       for (int p = 0; p < panels; ++p) __builtin_prefetch(weight.scale(panel + panels + p, group));
-      for_tiles_of_pair<planes, panels>(tile.rows, 0, [&](int row, int rows, int p, int at) LEPTON_LAMBDA_INLINE {
+      for_tiles_of_pair<planes, panels>(tile, 0, [&](int row, int rows, int p, int at) LEPTON_LAMBDA_INLINE {
         add_groups<planes, 1>(tile, row, rows, panel + p, group, sums + at, panels * kTileSums, y + at);
       });
     }
@@ -203,33 +204,32 @@ LEPTON_INLINE void add_ended_groups(const GemmTile& tile, const EndedGroups& end
                                     float* y) {
   constexpr int kPlaneStep = panels * kTileSums;
   if (ended.groups == 0) return;  // a block in the middle of a group
-  for_tiles_of_pair<planes, panels>(
-      tile.rows, ended.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
-        const auto add_from = [&]<int groups>(int from) LEPTON_LAMBDA_INLINE {
-          add_groups<planes, groups>(tile, row, rows, ended.panel + p, ended.group + from,
-                                     group_sums + from * kTilePairSums + place, kPlaneStep, y + place);
-        };
-        int from = 0;
-        for (; ended.groups - from > 4; from += 4) add_from.template operator()<4>(from);
-        switch (ended.groups - from) {
-          case 4:
-            return add_from.template operator()<4>(from);
-          case 3:
-            return add_from.template operator()<3>(from);
-          case 2:
-            return add_from.template operator()<2>(from);
-          case 1:
-            return add_from.template operator()<1>(from);
-        }
-      });
+  for_tiles_of_pair<planes, panels>(tile, ended.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
+    const auto add_from = [&]<int groups>(int from) LEPTON_LAMBDA_INLINE {
+      add_groups<planes, groups>(tile, row, rows, ended.panel + p, ended.group + from,
+                                 group_sums + from * kTilePairSums + place, kPlaneStep, y + place);
+    };
+    int from = 0;
+    for (; ended.groups - from > 4; from += 4) add_from.template operator()<4>(from);
+    switch (ended.groups - from) {
+      case 4:
+        return add_from.template operator()<4>(from);
+      case 3:
+        return add_from.template operator()<3>(from);
+      case 2:
+        return add_from.template operator()<2>(from);
+      case 1:
+        return add_from.template operator()<1>(from);
+    }
+  });
 }
 
 template <int planes, int panels>
 LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
   alignas(64) int32_t group_sums[kUnpackedSteps][kTilePairSums];
   const PackedWeight& weight = tile.weight;
-  const int64_t tile_stride = kTileRows * tile.q.stride;
-  const int row_tiles = divide_up(tile.rows, kTileRows) * planes, pairs = divide_up(row_tiles, 2);
+  const int64_t tile_stride = tile.q.tile_stride();
+  const int row_tiles = tile.q.tiles_of(tile.rows), pairs = divide_up(row_tiles, 2);
   if (pairs == 1 && (weight.group % kTileStep == 0 || weight.groups() == 1)) {
     if (row_tiles == 2) return multiply_one_pair<planes, 2, panels>(tile, panel_begin, panel_end);
     if constexpr (planes == 1) return multiply_one_pair<planes, 1, panels>(tile, panel_begin, panel_end);
@@ -247,13 +247,13 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
     int ended_groups = 0;
     for (int i = 0; i < block.count; ++i) {
       const Piece& piece = block.pieces[i];
-      const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * kTileBytes;
+      const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(piece.step) * tile.q.step_bytes();
       const uint8_t* w = unpacked + piece.place * kTileBytes;
       const int32_t* const before = piece.first ? nullptr : kept;
       if (2 * pair + 1 < row_tiles)
-        tile_multiply<true, 2, panels>(a, tile_stride, w, panel_stride, piece.steps, before, finished, prefetch);
+        tile_multiply<true, 2, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
       else
-        tile_multiply<true, 1, panels>(a, tile_stride, w, panel_stride, piece.steps, before, finished, prefetch);
+        tile_multiply<true, 1, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
       prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
       if (i == 0) add_ended();  // now that the first product has stored the last of its sums
       finished = piece.last ? group_sums[ended_groups++] : kept;
@@ -280,7 +280,7 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
         unpack_block<panels>(weight, panel, block, unpacked, kPanelStride);
         const uint8_t* const wanted = group == weight.groups() ? weight.panel(panel + panels)
                                                                : weight.panel(panel) + int64_t(step) * (kTileBytes / 2);
-        TilePrefetch prefetch{wanted, weight.panel_bytes(), divide_up(kTileRows / 2, pairs)};
+        TilePrefetch prefetch{wanted, weight.panel_bytes(), divide_up(kTileLines / 2, pairs)};
         for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(block.steps) * prefetch.lines * 64)
           multiply_block(panel, pair, block, unpacked, kPanelStride, prefetch);
       }

@@ -44,7 +44,7 @@ void multiply_vectors(const GemmTile& tile) {
 #if defined(LEPTON_ISA_AMX)
 template <typename Kernel, int planes>
 void multiply_tiles(const GemmTile& tile) {
-  const TileScope registers(tile.rows, planes);
+  const TileScope registers(tile.q.tile_rows, tile.q.tiles_of(tile.rows));
   const int rest = (tile.panel_end - tile.panel_begin) % kTilePanels, end = tile.panel_end - rest;
   if (tile.panel_begin < end) Kernel::template multiply_tiles<planes, kTilePanels>(tile, tile.panel_begin, end);
   if (rest > 0) Kernel::template multiply_tiles<planes, 1>(tile, end, tile.panel_end);
