@@ -6,6 +6,7 @@
 
 #include "cpu/cache.h"
 #include "cpu/gemm_plan.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace lepton {
@@ -52,6 +53,7 @@ void gemm(const GemmArgs& args) {
   if (m == 0 || panels == 0) return;
   const int threads = int64_t(m) * args.weight.n * k < kParallelWork ? 1 : std::max(1, args.threads);
 
+  advise_huge_pages(args.y, int64_t(m) * args.weight.n * dtype_bytes(args.y_dtype));
   thread_local Scratch scratch;
   const Activations plan = plan_activations(args, isa, scratch);
   const int row_block = rows_of_tile(plan, args.weight, m, threads), row_tiles = divide_up(m, row_block);

@@ -66,8 +66,8 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
 
 #if defined(LEPTON_ISA_AMX)
 // Steps of k whose weights, of two panels, stay in the first-level cache (26 KiB) while all rows of the tile pass by
-// and sums come and go. All of k where that takes no more than kWholeSteps (32 KiB): no sums come and go then.
-constexpr int kStepBlock = 13, kWholeSteps = 16;
+// and sums come and go.
+constexpr int kStepBlock = 13;
 
 template <int planes, int panels>
 LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
@@ -104,7 +104,7 @@ LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begi
     write_previous();
     previous = {last ? last_sums : kept, panel, pair, last};
   };
-  if (tile.write_rows && blocks == 1) {
+  if (tile.write_rows) {
     for (int pair = 0; pair < pairs; ++pair)
       for (int panel = panel_begin; panel < panel_end; panel += panels) multiply_pair(panel, pair, 0, steps, {});
   } else {

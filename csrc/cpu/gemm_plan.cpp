@@ -8,10 +8,28 @@ namespace {
 
 // Rows, of all planes, from which tile registers are faster than vectors.
 constexpr int kTileLeastRows = 5;
+// Second-level caches that Y must fill to be streamed past them: what reads a smaller one next finds enough of it
+// there.
+constexpr int64_t kStreamCaches = 2;
 
 // Row strides that are an odd number of cache lines: with a power of two all rows of a tile would share one set of the
 // first-level cache, which has 8 to 12 places.
 int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+// How tile registers write a Y that overflows the second-level cache. Rows from end to end are the fastest, but all of
+// the weights pass by for every pair of row tiles: as bytes they must fit that cache, and their k be one block.
+void write_large_output(const GemmArgs& args, GemmTile& tile) {
+  const PackedWeight& weight = args.weight;
+  const int64_t y_bytes = int64_t(args.m) * weight.n * dtype_bytes(args.y_dtype);
+  if (y_bytes <= l2_bytes()) return;
+  const int steps = weight.bits == 8 ? divide_up(weight.k, kTileStep) : weight.group_steps();
+  const int64_t bytes = int64_t(weight.panels()) * steps * kPanel * kTileStep;
+  tile.write_rows = steps <= (weight.bits == 8 ? kWholeSteps : kUnpackedSteps) && bytes <= l2_bytes() / 2;
+  if (tile.write_rows && weight.bits == 4) tile.unpacked_steps = steps;
+  const uintptr_t line_offset = (reinterpret_cast<uintptr_t>(args.y) | uintptr_t(weight.n) * sizeof(float)) % 64;
+  tile.stream =
+      !tile.write_rows && y_bytes >= kStreamCaches * l2_bytes() && args.y_dtype == Dtype::f32 && line_offset == 0;
+}
 
 GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int rows, int panel_begin, int panel_end) {
   GemmTile tile{};
@@ -33,16 +51,7 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.y_dtype);
   tile.y_dtype = args.y_dtype;
   tile.y_stride = args.weight.n;
-  const int64_t y_bytes = int64_t(args.m) * args.weight.n * dtype_bytes(args.y_dtype);
-  tile.write_rows = y_bytes > l2_bytes() && fits_second_level(args.weight);
-  const uintptr_t line_offset = (reinterpret_cast<uintptr_t>(args.y) | uintptr_t(args.weight.n) * sizeof(float)) % 64;
-  tile.stream =
-      plan.in_tiles() && args.y_dtype == Dtype::f32 && line_offset == 0 && y_bytes > l2_bytes() && !tile.write_rows;
-  if (tile.write_rows && plan.in_tiles() && args.weight.bits == 4) {
-    const int steps = args.weight.group_steps();
-    const int64_t bytes = int64_t(args.weight.panels()) * steps * kPanel * kTileStep;
-    if (steps <= kUnpackedSteps && bytes <= l2_bytes() / 2) tile.unpacked_steps = steps;
-  }
+  if (plan.in_tiles()) write_large_output(args, tile);
   return tile;
 }
 

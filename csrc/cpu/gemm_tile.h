@@ -33,17 +33,17 @@ struct GemmTile {
   void* y;  // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
-  // Y overflows the second-level cache, the weights do not: rows are best written from end to end, which the kernels do
-  // where k is one block.
+  // Tile registers: rows of Y are written from end to end, all panels for one pair of row tiles after the other.
   bool write_rows;
-  // Tile registers: Y overflows the second-level cache, is made of whole cache lines of f32, and is written in pieces
-  // of rows: past the caches.
+  // Tile registers: Y, which is made of whole cache lines of f32, is written past the caches.
   bool stream;
   // 4 bit in tile registers, and write_rows: a panel's steps of 64 k (group_steps), all of which are unpacked in
   // scratch. 0: block after block.
   int unpacked_steps;
 };
 
+// Steps of k, of two panels, whose int8 weights stay in the first-level cache (32 KiB) while sums need not come and go.
+constexpr int kWholeSteps = 16;
 // Steps of k, of two panels of 4-bit weights, that are unpacked at a time: 16 KiB, which stay in the first-level cache.
 constexpr int kUnpackedSteps = 8;
 

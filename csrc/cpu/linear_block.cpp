@@ -7,6 +7,7 @@
 #include "cpu/add_norm.h"
 #include "cpu/cache.h"
 #include "cpu/gemm_plan.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace lepton {
@@ -89,6 +90,7 @@ void layer_by_layer(const LinearBlockArgs& args, Isa isa) {
 void linear_block(const LinearBlockArgs& args) {
   const Isa isa = isa_in_use();
   if (args.m == 0) return;
+  advise_huge_pages(args.y, int64_t(args.m) * args.layers[args.layer_count - 1].weight.n * dtype_bytes(args.dtype));
   int64_t weight_bytes = 0;
   for (int i = 0; i < args.layer_count; ++i) {
     const PackedWeight& weight = args.layers[i].weight;

@@ -3,12 +3,30 @@
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/pages.h"
 
 namespace lepton {
+namespace {
+
+// Eight nibbles of a row, the first one lowest.
+uint32_t load_nibbles(const uint8_t* p) { return p[0] | p[1] << 8 | p[2] << 16 | uint32_t(p[3]) << 24; }
+
+void store_bytes(uint8_t* p, uint32_t bytes) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(bytes >> (8 * i));
+}
+
+// Four nibbles, of the low half of a word, to the low halves of four bytes.
+uint32_t spread_nibbles(uint32_t nibbles) {
+  const uint32_t pairs = (nibbles | nibbles << 8) & 0x00ff00ff;
+  return (pairs | pairs << 4) & 0x0f0f0f0f;
+}
+
+}  // namespace
 
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed) {
   const PackedWeight view = packed_weight(packed, n, k, 8, k, true);
   const PackedLayout layout(view);
+  advise_huge_pages(packed, layout.bytes);
   std::memset(packed, 0, size_t(layout.bytes));
   auto* scales = reinterpret_cast<float*>(packed + layout.scales);
   auto* sums = reinterpret_cast<int32_t*>(packed + layout.sums);
@@ -16,10 +34,10 @@ void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* 
     const int8_t* row = weight + int64_t(column) * k;
     uint8_t* out = packed + column / kPanel * view.panel_bytes() + column % kPanel * kQuad;
     int32_t sum = 0;
-    for (int i = 0; i < k; ++i) {
-      out[int64_t(i / kQuad) * kPanel * kQuad + i % kQuad] = static_cast<uint8_t>(row[i]);
-      sum += row[i];
-    }
+    for (int i = 0; i < k; ++i) sum += row[i];
+    const int quads = k / kQuad;
+    for (int q = 0; q < quads; ++q) std::memcpy(out + q * kPanel * kQuad, row + q * kQuad, kQuad);
+    std::memcpy(out + quads * kPanel * kQuad, row + quads * kQuad, size_t(k % kQuad));
     scales[column] = scale[column];
     sums[column] = sum;
   }
@@ -30,6 +48,7 @@ void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, con
   const PackedWeight view = packed_weight(packed, n, k, 4, group, zero == nullptr);
   const PackedLayout layout(view);
   const int groups = view.groups();
+  advise_huge_pages(packed, layout.bytes);
   std::memset(packed, 0, size_t(layout.bytes));
   auto* scales = reinterpret_cast<float*>(packed + layout.scales);
   auto* sums = reinterpret_cast<float*>(packed + layout.sums);
@@ -39,11 +58,12 @@ void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, con
     const int panel = column / kPanel, c = column % kPanel;
     uint8_t* out = packed + panel * view.panel_bytes() + c * kQuad;
     group_sums.assign(groups, 0);
-    for (int i = 0; i < k; ++i) {
-      const int nibble = (row[i / 2] >> (4 * (i % 2))) & 0xf;
-      const int in_vector = i % 8;  // 0..3 in low nibbles, 4..7 in high ones
-      out[int64_t(i / 8) * kPanel * kQuad + in_vector % 4] |= static_cast<uint8_t>(nibble << (in_vector < 4 ? 0 : 4));
-      group_sums[i / group] += nibble;
+    for (int i = 0; i < k; i += 2 * kQuad, out += kPanel * kQuad) {
+      uint32_t nibbles = load_nibbles(row + i / 2);
+      if (k - i < 2 * kQuad) nibbles &= (1u << (4 * (k - i))) - 1;
+      const uint32_t low = spread_nibbles(nibbles & 0xffff), high = spread_nibbles(nibbles >> 16);
+      store_bytes(out, low | high << 4);  // k 0..3 of the eight in low nibbles, 4..7 in high ones
+      group_sums[i / group] += int32_t((low + high) * 0x01010101u >> 24);
     }
     float sum = 0;
     for (int g = 0; g < groups; ++g) {

@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "cpu/pages.h"
+
 namespace lepton {
 
 // A buffer that grows as it must, 64-byte aligned. What it held before get() is lost when it grows.
@@ -18,6 +20,7 @@ class Scratch {
       size_ = 0;  // also where there is no memory
       memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
       size_ = bytes;
+      advise_huge_pages(memory_.get(), int64_t(bytes));
     }
     return memory_.get();
   }

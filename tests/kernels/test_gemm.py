@@ -283,3 +283,22 @@ except MemoryError:
     print(float(cpu.gemm_int8(x.float()[:, :1], weight[:, :1].contiguous(), scale, None, False)))
 """
     assert run_python(program) == "1.0\n"
+
+
+def huge_kilobytes():
+    with open("/proc/self/smaps_rollup") as rollup:
+        return sum(int(line.split()[1]) for line in rollup if line.startswith("AnonHugePages:"))
+
+
+def test_a_large_output_lies_in_huge_pages(rng):
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as setting:
+            modes = setting.read()
+    except FileNotFoundError:
+        pytest.skip("no transparent huge pages here")
+    if "[never]" in modes:
+        pytest.skip("transparent huge pages are off")
+    x, weight, scale, bias = make_int8(2560, 4096, 40, torch.float32, rng)
+    before = huge_kilobytes()
+    y = cpu.gemm_int8(x, weight, scale, bias, True)
+    assert huge_kilobytes() - before >= y.nbytes / 1024 - 4 * 2048  # 40 MiB, less an unaligned page at each end
