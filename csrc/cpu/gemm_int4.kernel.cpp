@@ -31,6 +31,7 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
   const uint8_t* w = weight.panel(panel0);
   const uint8_t* a = tile.q.q + row * stride;
   constexpr int kRows = rows / planes;
+  constexpr bool split = panels * rows <= kSplitSums;
 
   F32x16 y[panels][kRows];
   unroll<panels * kRows>([&]<int i>() LEPTON_LAMBDA_INLINE { y[i / kRows][i % kRows] = broadcast_f32(0); });
@@ -40,13 +41,23 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
     // Past the end of a panel: of the panels that come next.
     const int64_t place = int64_t(g) * weight.group * kPanel / 2 + kPrefetchBytes;
     const int64_t ahead = kPrefetchBytes + (place < panel_bytes ? 0 : (panels - 1) * panel_bytes);
-    I32x16 acc[panels][rows];
-    unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
+    I32x16 acc[panels][rows], high[panels][rows];
+    unroll<panels * rows>(
+        [&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = high[i / rows][i % rows] = broadcast_i32(0); });
     for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         __builtin_prefetch(w + p * panel_bytes + ahead);
         __builtin_prefetch(w + p * panel_bytes + ahead + 64);
-        dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
+        if constexpr (split)
+          dot_u4<rows>(acc[p], high[p], a, stride, w + p * panel_bytes);
+        else
+          dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
+      });
+    }
+    if constexpr (split) {
+      unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE {
+        I32x16& sum = acc[i / rows][i % rows];
+        sum = add(sum, shift_right_signed<4>(high[i / rows][i % rows]));
       });
     }
     const int32_t* q_sum = tile.q.group_sum + int64_t(row) * groups + g;

@@ -135,6 +135,7 @@ LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
 constexpr int kQuadBytes = 8;
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
+constexpr int kSplitSums = 0;
 
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
   const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);

@@ -9,6 +9,7 @@ namespace {
 constexpr int kQuadBytes = 4;                  // vpdpbusd takes the four bytes as they are
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
 constexpr int kInt4Rows = 6, kInt4Panels = 1;  // 12 sums + 2 weights + 1 + the mask
+constexpr int kSplitSums = 0;
 
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
 

@@ -7,6 +7,7 @@ namespace {
 constexpr int kQuadBytes = 4;  // a quad of activations is its four bytes
 constexpr int kInt8Rows = 2, kInt8Panels = 1;
 constexpr int kInt4Rows = 2, kInt4Panels = 1;
+constexpr int kSplitSums = 0;
 constexpr int kFloatRows = 2;
 constexpr int kDirectSums = 4;
 

@@ -9,6 +9,7 @@ namespace {
 constexpr int kQuadBytes = 4;                  // four bytes, less 128 (signed_quads in quantize_rows.h): sdot is signed
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 4 weights + 4 activations of 32 registers
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 16 sums + 4 activations + 4 weights + the mask
+constexpr int kSplitSums = 0;
 constexpr int kFloatRows = 6;
 constexpr int kDirectSums = 4;  // 16 of 32 registers
 

@@ -14,6 +14,7 @@
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads (uint8, or int8 where signed_quads), W
 //                       int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
+//   dot_u4<rows>(low, high, ...)   the same in two sums, low + high / 16; for at most kSplitSums of low
 //
 // kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers,
 // kDirectSums the sums for one row, and of gemm_dequant for few. amx.h adds tile registers to the operations of
