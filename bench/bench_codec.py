@@ -31,7 +31,7 @@ def data(kind: str) -> tuple[bytes, str]:
         if kind == "int8, 80 % pruned":
             weight = weight * lk.prune.magnitude_mask(weight, 0.8)
         parts.append(quantize_weight(weight, scheme)[0].numpy().tobytes())
-    return b"".join(parts)[:LIMIT], "nibbles" if scheme.weight_bits == 4 else "bytes"
+    return b"".join(parts)[:LIMIT], "bytes"
 
 
 def zstd(level: int) -> tuple[Callable, Callable]:

@@ -96,8 +96,7 @@ def _encode(pending: Pending, data: np.ndarray, codec_name: str) -> bytes | None
     if codec_name == "lzw":
         frame = codec.lzw.encode(data)
     else:
-        layouts = ["nibbles", "bytes"] if pending.dtype == "I32" else [_LAYOUT.get(pending.dtype, "bytes")]
-        frame = codec.huffman.encode(data, layout=min(layouts, key=lambda layout: codec.entropy(data, layout)))
+        frame = codec.huffman.encode(data, layout=_LAYOUT.get(pending.dtype, "bytes"))
     return frame if len(frame) < data.size * 31 // 32 else None
 
 

@@ -61,14 +61,14 @@ struct PlanePlan {
   int64_t size = 0;
 };
 
-// rank_begin[leaf_count + 1] of one block (huffman_block.h).
+// rank_begin[symbol_count + 1] of one block (huffman_block.h).
 void ranks_of(const HuffmanCode& code, const std::array<uint32_t, 256>& counts, uint32_t* rank_begin) {
   uint32_t sum = 0;
-  for (int rank = 0; rank < code.leaf_count; ++rank) {
+  for (int rank = 0; rank < code.symbol_count(); ++rank) {
     rank_begin[rank] = sum;
     sum += counts[code.symbols[rank]];
   }
-  rank_begin[code.leaf_count] = sum;
+  rank_begin[code.symbol_count()] = sum;
 }
 
 void plan_plane(const uint8_t* plane, int64_t n, bool may_be_raw, PlanePlan* plan) {
@@ -99,7 +99,7 @@ void encode_plane(const uint8_t* plane, int64_t n, const PlanePlan& plan, uint8_
   write_table(code, out);
   out += table_bytes(code);
   uint8_t rank_of[256] = {};
-  for (int rank = 0; rank < code.leaf_count; ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
+  for (int rank = 0; rank < code.symbol_count(); ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
   const int64_t most = std::min(kBlock, n);
   uint8_t* ranks = scratch(rank_buffer, most + kVectorSlack);
   EncodeBlockArgs args{&code, nullptr, ranks, 0, out, {nullptr, nullptr}};
@@ -182,7 +182,7 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
     if (self.mode == kPlaneTree) {
       const Status status = read_table(&self.next, self.end, &self.code);
       if (status != Status::ok) return status;
-      if (layout == Layout::nibbles && std::any_of(self.code.symbols, self.code.symbols + self.code.leaf_count,
+      if (layout == Layout::nibbles && std::any_of(self.code.symbols, self.code.symbols + self.code.symbol_count(),
                                                    [](uint8_t symbol) { return symbol > 15; }))
         return Status::bad_table;
     } else if (self.mode != kPlaneRaw || layout == Layout::nibbles) {

@@ -1,9 +1,10 @@
 // huffman_block.kernel.cpp - encodes and decodes one block of huffman_block.h, level by level of the tree.
 //
-// Decoding: (1) from the root down, the popcount of a node's bitmap gives its children's counts, so all bitmaps are
-// found and checked before a symbol is written; (2) from the deepest level up, every inner node of a level merges its
-// children, which are leaves or arrays of the level below, into the next array of its own level. A merge writes up to
-// a vector too much; the node to its right, which comes next, writes over that.
+// Decoding: (1) from the root down, the popcount of a node's bitmap gives its children's counts, so all bitmaps and
+// plain bits are found and checked before a symbol is written; (2) from the deepest level up, every group's symbols are
+// looked up and every inner node merges its children, which are single symbols or arrays of the level below, into the
+// next array of its own level. Both write up to a vector too much; what is to the right, which comes next, writes over
+// that.
 #include "codec/huffman_block.h"
 
 #include "codec/huffman_simd.h"
@@ -11,54 +12,77 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Where one inner node's bitmap is and how many bits it has.
-struct Bitmap {
+// The bits of an inner node or a leaf, and how many symbols they are for.
+struct Bits {
   const uint8_t* bits;
   int n;
 };
+
+// Takes n bits off *bits. False where there are not as many, or the padding is not 0.
+LEPTON_INLINE bool take_bits(const uint8_t** bits, const uint8_t* end, int64_t n) {
+  const int64_t bytes = (n + 7) / 8;
+  if (end - *bits < bytes || (n % 8 != 0 && (*bits)[bytes - 1] >> n % 8 != 0)) return false;
+  *bits += bytes;
+  return true;
+}
 
 }  // namespace
 
 int64_t huffman_decode_block(const DecodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
-  if (code.max_depth == 0) {
-    __builtin_memset(args.out, code.symbols[0], static_cast<size_t>(args.n));
-    return 0;
-  }
-  Bitmap node[kMaxLeaves];
-  node[0].n = args.n;
+  Bits node[kMaxLeaves], leaf[kMaxLeaves];
+  (code.max_depth == 0 ? leaf : node)[0].n = args.n;
   const uint8_t* bits = args.bits;
-  for (int depth = 0; depth < code.max_depth; ++depth) {
+  const auto take = [&](int64_t n) LEPTON_LAMBDA_INLINE { return take_bits(&bits, args.bits_end, n); };
+  const auto bad = [&](int64_t n) {
+    return -static_cast<int64_t>(args.bits_end - bits < (n + 7) / 8 ? Status::truncated : Status::bad_padding);
+  };
+  for (int depth = 0; depth <= code.max_depth; ++depth) {
+    const int first_leaf = code.first_leaf[depth];
+    for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; ++i) {
+      const int64_t n = int64_t{leaf[i].n} * code.leaf_bits[i];
+      leaf[i].bits = bits;
+      if (!take(n)) return bad(n);
+    }
+    if (depth == code.max_depth) break;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1], below = code.first_node[depth + 1] - leaves_below;
+    const int leaves_below = code.leaves[depth + 1];
+    Bits* const leaf_below = leaf + code.first_leaf[depth + 1];
+    Bits* const node_below = node + code.first_node[depth + 1] - leaves_below;
     for (int j = 0; j < count; ++j) {
-      const int n = node[first + j].n, bytes = (n + 7) / 8;
-      if (args.bits_end - bits < bytes) return -static_cast<int64_t>(Status::truncated);
-      if (n % 8 != 0 && bits[bytes - 1] >> n % 8 != 0) return -static_cast<int64_t>(Status::bad_padding);
-      const int ones = count_ones(bits, n);
-      node[first + j].bits = bits;
-      bits += bytes;
-      if (2 * j >= leaves_below) node[below + 2 * j].n = n - ones;
-      if (2 * j + 1 >= leaves_below) node[below + 2 * j + 1].n = ones;
+      Bits& self = node[first + j];
+      self.bits = bits;
+      if (!take(self.n)) return bad(self.n);
+      const int ones = count_ones(self.bits, self.n), p = 2 * j;
+      (p < leaves_below ? leaf_below : node_below)[p].n = self.n - ones;
+      (p + 1 < leaves_below ? leaf_below : node_below)[p + 1].n = ones;
     }
   }
 
-  for (int depth = code.max_depth - 1; depth >= 0; --depth) {
-    const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1], below = code.first_node[depth + 1] - leaves_below;
-    const uint8_t* const leaf = code.symbols + code.first_leaf[depth + 1];
-    const uint8_t* in = args.level[(depth + 1) & 1];
+  for (int depth = code.max_depth; depth >= 0; --depth) {
     uint8_t* out = depth == 0 ? args.out : args.level[depth & 1];
+    const int first_leaf = code.first_leaf[depth];
+    if (code.max_depth == 0 && code.singles[0] == 1)
+      __builtin_memset(out, code.symbols[0], static_cast<size_t>(args.n));
+    for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n)
+      unpack(out, leaf[i].n, leaf[i].bits, code.leaf_bits[i], code.symbols + code.leaf_begin[i]);
+    if (depth == code.max_depth) continue;
+    const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
+    const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
+    const Bits* const leaf_below = leaf + code.first_leaf[depth + 1];
+    const Bits* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    const uint8_t* const single = code.symbols + code.leaf_begin[code.first_leaf[depth + 1]];
+    const uint8_t* in = args.level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
-      const Bitmap& self = node[first + j];
+      const Bits& self = node[first + j];
       const int p = 2 * j;
-      if (p + 1 < leaves_below) {
-        blend(out, self.n, self.bits, leaf[p], leaf[p + 1]);
-      } else if (p < leaves_below) {
-        merge_leaf(out, self.n, self.bits, leaf[p], in);
-        in += node[below + p + 1].n;
+      if (p + 1 < singles_below) {
+        blend(out, self.n, self.bits, single[p], single[p + 1]);
+      } else if (p < singles_below) {
+        merge_leaf(out, self.n, self.bits, single[p], in);
+        in += (p + 1 < leaves_below ? leaf_below : node_below)[p + 1].n;
       } else {
-        merge_nodes(out, self.n, self.bits, in, in + node[below + p].n);
+        merge_nodes(out, self.n, self.bits, in, in + (p < leaves_below ? leaf_below : node_below)[p].n);
         in += self.n;
       }
       out += self.n;
@@ -70,19 +94,28 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
 void huffman_encode_block(const EncodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
   uint8_t* bits = args.out;
-  for (int depth = 0; depth < code.max_depth; ++depth) {
-    const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1];
+  for (int depth = 0; depth <= code.max_depth; ++depth) {
     const uint8_t* in = depth == 0 ? args.ranks : args.level[depth & 1];
+    const int slack = depth == 0 ? 0 : kVectorSlack;
+    const int first_leaf = code.first_leaf[depth];
+    for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; ++i) {
+      const int n = static_cast<int>(args.rank_begin[code.leaf_begin[i + 1]] - args.rank_begin[code.leaf_begin[i]]);
+      pack(in, n, static_cast<uint8_t>(code.leaf_begin[i]), code.leaf_bits[i], bits);
+      bits += plain_bytes(n, code.leaf_bits[i]);
+      in += n + slack;
+    }
+    if (depth == code.max_depth) break;
+    const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
+    const int singles_below = code.singles[depth + 1];
     uint8_t* out = args.level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
       const int begin = static_cast<int>(args.rank_begin[code.begin[first + j]]);
       const int middle = static_cast<int>(args.rank_begin[code.middle[first + j]]);
       const int n = static_cast<int>(args.rank_begin[code.end[first + j]]) - begin;
       const auto threshold = static_cast<uint8_t>(code.middle[first + j]);
-      if (2 * j + 1 < leaves_below) {
+      if (2 * j + 1 < singles_below) {
         partition<false, false>(in, n, threshold, bits, nullptr, nullptr);
-      } else if (2 * j < leaves_below) {
+      } else if (2 * j < singles_below) {
         partition<false, true>(in, n, threshold, bits, nullptr, out);
         out += begin + n - middle + kVectorSlack;
       } else {
@@ -91,7 +124,7 @@ void huffman_encode_block(const EncodeBlockArgs& args) {
         out = right + (begin + n - middle) + kVectorSlack;
       }
       bits += (n + 7) / 8;
-      in += n + (depth == 0 ? 0 : kVectorSlack);
+      in += n + slack;
     }
   }
 }

@@ -1,9 +1,13 @@
-// huffman_code.h - a canonical Huffman code: its construction from counts, its table, and the shape of its tree.
+// huffman_code.h - a canonical Huffman code whose leaves hold one symbol or a group of symbols: its construction from
+// counts, its table, and the shape of its tree.
 //
-// Canonical: leaves sorted by depth, then by symbol, fill the tree from the left. At every depth the leaves come first,
-// then the inner nodes, so the number of leaves at each depth gives the whole tree: inner node j of one depth has the
-// nodes 2j and 2j + 1 of the next as children. A leaf's `rank` is its place in that order, which is also the order from
-// left to right, so a subtree is a range of ranks.
+// A group's symbols are about equally frequent. A symbol's place in its group is written in plain bits, which a decoder
+// reads at once, instead of one merge a bit.
+//
+// Canonical: leaves sorted by depth, single symbols before groups, then by (first) symbol, fill the tree from the left.
+// At every depth the leaves come first, then the inner nodes, so the number of leaves at each depth gives the whole
+// tree: inner node j of one depth has the nodes 2j and 2j + 1 of the next as children. A symbol's `rank` is its place
+// in the order of the leaves, which is also the order from left to right, so a subtree is a range of ranks.
 #pragma once
 
 #include <stdint.h>
@@ -15,26 +19,34 @@ namespace lepton {
 // A leaf deeper than this needs Fibonacci counts of more than 2^38 symbols, more than a chunk holds (2^24).
 constexpr int kMaxDepth = 56;
 constexpr int kMaxLeaves = 256;
+constexpr int kGroupSlack = 256;  // a place in a group is looked up in as many symbols as its bits can name
 
 struct HuffmanCode {
-  int leaf_count;                  // 1 to 256
-  int max_depth;                   // 0 for one leaf
-  uint16_t leaves[kMaxDepth + 1];  // at each depth
-  uint8_t symbols[kMaxLeaves];     // by rank
+  int leaf_count;                             // 1 to 256
+  int max_depth;                              // 0 for one leaf
+  uint16_t leaves[kMaxDepth + 1];             // at each depth
+  uint16_t singles[kMaxDepth + 1];            // ... of which so many, the first ones, hold one symbol
+  uint16_t leaf_begin[kMaxLeaves + 1];        // the rank of each leaf's first symbol, then the number of symbols
+  uint8_t symbols[kMaxLeaves + kGroupSlack];  // by rank
 
   // Derived by derive_shape. Inner nodes are numbered depth by depth, from the left: leaf_count - 1 of them.
+  uint8_t leaf_bits[kMaxLeaves];       // plain bits for a symbol of the leaf: 0 for one, 8 for more than 128
   uint16_t first_node[kMaxDepth + 2];  // of each depth; first_node[d + 1] - first_node[d] inner nodes at depth d
-  uint16_t first_leaf[kMaxDepth + 1];  // the rank of each depth's first leaf
+  uint16_t first_leaf[kMaxDepth + 1];  // of each depth
   uint16_t begin[kMaxLeaves];          // a node covers the ranks from begin
   uint16_t middle[kMaxLeaves];         // ... its right child those from middle
   uint16_t end[kMaxLeaves];            // ... up to, not including, end
+
+  int symbol_count() const { return leaf_begin[leaf_count]; }
 };
 
-// The code of least total length for counts[256], at least one of them above 0; the sum is at most 2^26.
+// A code for counts[256], at least one of them above 0; the sum is at most 2^26. Of all ways to cut the symbols, in the
+// order of their counts, into groups it takes the shortest, where a level of the tree counts for a little more than the
+// bit it writes (kMergePrice).
 void build_code(const uint32_t* counts, HuffmanCode* code);
 
-// The table: a byte kind (0: plain tree; others are reserved, for leaves that hold groups of symbols), leaf_count - 1,
-// max_depth, max_depth little-endian uint16 (leaves at depth 1, 2, ...), the symbols by rank.
+// The table: a byte kind (0: every leaf holds one symbol, 1: groups), leaf_count - 1, max_depth, max_depth
+// little-endian uint16 (leaves at depth 1, 2, ...), with groups the symbols of each leaf less 1, the symbols by rank.
 int table_bytes(const HuffmanCode& code);
 void write_table(const HuffmanCode& code, uint8_t* out);
 // Reads a table from [*in, end) and moves *in past it. Refuses every table that write_table would not have written.

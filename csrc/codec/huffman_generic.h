@@ -27,6 +27,12 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
   for (int i = 0; i < n; ++i) out[i] = bit_at(bits, i) ? symbol1 : symbol0;
 }
 
+LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
+  unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
+    for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
+  });
+}
+
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   int ones = 0;
   for (int i = 0; i < n / 8; ++i) ones += __builtin_popcount(bits[i]);

@@ -3,9 +3,11 @@
 //   merge_nodes(out, n, bits, left, right)   out[i] = the next unread byte of right where bit i is 1, else of left
 //   merge_leaf(out, n, bits, symbol, right)  the same, left being one symbol for ever
 //   blend(out, n, bits, symbol0, symbol1)    the same, both being one symbol for ever
+//   unpack(out, n, bits, k, symbols)         out[i] = symbols[the i-th number of k bits], k from 1 to 8
 //   count_ones(bits, n)                      how many of the n bits are 1
 //   partition<keep_left, keep_right>(in, n, middle, bits, left, right)
 //                                            the reverse: bit i = in[i] >= middle; the two sides, where they are kept
+//   pack(in, n, first, k, bits)              the reverse of unpack: the i-th number is in[i] - first
 //
 // Arrays of symbols have kVectorSlack bytes of slack, bitmaps have none.
 #pragma once
@@ -14,6 +16,69 @@
 #include <stdint.h>
 
 #include "cpu/kernel_table.h"
+#include "cpu/simd/unroll.h"
+
+namespace lepton::LEPTON_ISA {
+namespace {
+
+// Eight numbers of k bits, packed from the lowest bit of a word up, to the bytes of a word, and back.
+LEPTON_INLINE uint64_t spread_numbers(uint64_t packed, int k) {
+  const uint64_t mask = (1u << k) - 1;
+#if defined(__BMI2__)
+  return __builtin_ia32_pdep_di(packed, mask * 0x0101010101010101);
+#else
+  uint64_t bytes = 0;
+  for (int i = 0; i < 8; ++i) bytes |= (packed >> i * k & mask) << 8 * i;
+  return bytes;
+#endif
+}
+LEPTON_INLINE uint64_t gather_numbers(uint64_t bytes, int k) {
+  const uint64_t mask = (1u << k) - 1;
+#if defined(__BMI2__)
+  return __builtin_ia32_pext_di(bytes, mask * 0x0101010101010101);
+#else
+  uint64_t packed = 0;
+  for (int i = 0; i < 8; ++i) packed |= (bytes >> 8 * i & mask) << i * k;
+  return packed;
+#endif
+}
+
+// The word of `bytes` bytes, at most 8, at p.
+LEPTON_INLINE uint64_t load_word(const uint8_t* p, int64_t bytes) {
+  uint64_t word = 0;
+  if (bytes >= 8)
+    __builtin_memcpy(&word, p, 8);
+  else
+    for (int i = 0; i < bytes; ++i) word |= static_cast<uint64_t>(p[i]) << 8 * i;
+  return word;
+}
+LEPTON_INLINE void store_word(uint8_t* p, uint64_t word, int64_t bytes) {
+  if (bytes >= 8)
+    __builtin_memcpy(p, &word, 8);
+  else
+    for (int i = 0; i < bytes; ++i) p[i] = static_cast<uint8_t>(word >> 8 * i);
+}
+
+// Places in a group, eight at a time: 8 * k bits are k bytes.
+template <typename Lookup>
+LEPTON_INLINE void unpack_words(uint8_t* out, int n, const uint8_t* bits, int k, const Lookup& lookup) {
+  const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
+  for (int i = 0; i < n; i += 8, bits += k) lookup(out + i, spread_numbers(load_word(bits, end - bits), k));
+}
+LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
+  uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
+  for (int i = 0; i < n; i += 8, bits += k) {
+    uint64_t word;
+    __builtin_memcpy(&word, in + i, 8);
+    word -= first * uint64_t{0x0101010101010101};  // what a place past n borrows, it borrows from places further on
+    uint64_t packed = gather_numbers(word, k);
+    if (n - i < 8) packed &= (uint64_t{1} << (n - i) * k) - 1;
+    store_word(bits, packed, end - bits);
+  }
+}
+
+}  // namespace
+}  // namespace lepton::LEPTON_ISA
 
 #if defined(__AVX512VBMI2__)
 #include "codec/huffman_vbmi2.h"

@@ -76,6 +76,19 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
   for (; i < n; i += 8) store8(out + i, _mm_shuffle_epi8(both, load8(kShuffle.merge[bits[i / 8]])));
 }
 
+LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
+  if (k <= 4) {
+    const __m128i table = load16(symbols);
+    unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
+      store8(to, _mm_shuffle_epi8(table, _mm_cvtsi64_si128(static_cast<int64_t>(places))));
+    });
+  } else {
+    unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
+      for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
+    });
+  }
+}
+
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   int64_t ones = 0;
   int i = 0;

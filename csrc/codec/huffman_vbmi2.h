@@ -42,10 +42,65 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
   for (int i = 0; i < n; i += 64) _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(word_at(bits, i, n), zero, one));
 }
 
+// Where the numbers of k bits lie: each 64-bit lane gets the bytes of its eight, then shifts each to its own byte.
+struct UnpackTables {
+  alignas(64) uint8_t bytes[9][64];
+  alignas(64) uint8_t shifts[9][64];
+};
+constexpr UnpackTables make_unpack_tables() {
+  UnpackTables tables{};
+  for (int k = 1; k <= 8; ++k) {
+    for (int i = 0; i < 64; ++i) {
+      const int byte = i / 8 * k + i % 8;
+      tables.bytes[k][i] = static_cast<uint8_t>(byte < 64 ? byte : 63);
+      tables.shifts[k][i] = static_cast<uint8_t>(i % 8 * k);
+    }
+  }
+  return tables;
+}
+constexpr UnpackTables kUnpack = make_unpack_tables();
+
+// The first `bytes` bytes at p, at most 64; no byte behind them is read.
+LEPTON_INLINE __m512i load_bytes(const uint8_t* p, int64_t bytes) {
+  return bytes >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
+}
+
+template <typename Lookup>
+LEPTON_INLINE void unpack_vectors(uint8_t* out, int n, const uint8_t* bits, int k, const Lookup& lookup) {
+  const __m512i bytes = _mm512_load_si512(kUnpack.bytes[k]), shifts = _mm512_load_si512(kUnpack.shifts[k]);
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << k) - 1));
+  const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
+  for (int i = 0; i < n; i += 64, bits += 8 * k) {
+    const __m512i lanes = _mm512_permutexvar_epi8(bytes, load_bytes(bits, end - bits));
+    const __m512i places = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), mask);
+    _mm512_storeu_si512(out + i, lookup(places));
+  }
+}
+
+LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
+  const __m512i table0 = _mm512_loadu_si512(symbols);
+  if (k <= 6)
+    return unpack_vectors(out, n, bits, k,
+                          [&](__m512i places) LEPTON_LAMBDA_INLINE { return _mm512_permutexvar_epi8(places, table0); });
+  const __m512i table1 = _mm512_loadu_si512(symbols + 64);
+  if (k == 7)
+    return unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE {
+      return _mm512_permutex2var_epi8(table0, places, table1);
+    });
+  const __m512i table2 = _mm512_loadu_si512(symbols + 128), table3 = _mm512_loadu_si512(symbols + 192);
+  unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(places), _mm512_permutex2var_epi8(table0, places, table1),
+                                  _mm512_permutex2var_epi8(table2, places, table3));
+  });
+}
+
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
-  int64_t ones = 0;
-  for (int i = 0; i < n; i += 64) ones += __builtin_popcountll(word_at(bits, i, n));
-  return static_cast<int>(ones);
+  __m512i ones = _mm512_setzero_si512();
+  int i = 0;
+  for (; i + 512 <= n; i += 512) ones = _mm512_add_epi64(ones, _mm512_popcnt_epi64(_mm512_loadu_si512(bits + i / 8)));
+  const int left = n - i;  // the bits past n are 0
+  ones = _mm512_add_epi64(ones, _mm512_popcnt_epi64(load_bytes(bits + i / 8, (left + 7) / 8)));
+  return static_cast<int>(_mm512_reduce_add_epi64(ones));
 }
 
 template <bool keep_left, bool keep_right>

@@ -51,46 +51,53 @@ def huffman_chunk(payload: bytes, layout: int, size: int) -> bytes:
 
 def tree_plane(body: bytes, n: int, block: int) -> list[int]:
     kind, leaves, max_depth = body[0], body[1] + 1, body[2]
-    assert kind == 0
-    per_depth = (0, *struct.unpack_from(f"<{max_depth}H", body, 3))
-    at = 3 + 2 * max_depth
-    symbols, at, out = body[at : at + leaves], at + leaves, []
+    assert kind in (0, 1)
+    per_depth = struct.unpack_from(f"<{max_depth}H", body, 3) if max_depth else (1,)
+    at, out = 3 + 2 * max_depth, []
+    sizes = [1 + size for size in body[at : at + leaves]] if kind else [1] * leaves
+    at += leaves if kind else 0
+    groups = []
+    for size in sizes:
+        groups.append(body[at : at + size])
+        at += size
+    tree = []  # the leaves of each depth
+    for count in per_depth if max_depth == 0 else (0, *per_depth):
+        tree.append([groups.pop(0) for _ in range(count)])
     while len(out) < n:
-        part, at = tree_block(body, at, symbols, per_depth, min(block, n - len(out)))
+        part, at = tree_block(body, at, tree, min(block, n - len(out)))
         out += part
     assert at == len(body)
     return out
 
 
-def tree_block(body: bytes, at: int, symbols: bytes, per_depth: tuple[int, ...], n: int) -> tuple[list[int], int]:
-    if len(per_depth) == 1:
-        return [symbols[0]] * n, at
-    levels, counts = [], [n]  # the bitmaps of each depth's inner nodes; how many bits those of the next have
-    for depth in range(len(per_depth) - 1):
-        bitmaps, below = [], []
-        for count in counts:
-            bits = int.from_bytes(body[at : at + (count + 7) // 8], "little")
-            at += (count + 7) // 8
-            assert bits >> count == 0
-            bitmaps.append([bits >> i & 1 for i in range(count)])
-            below += [count - sum(bitmaps[-1]), sum(bitmaps[-1])]
-        levels.append(bitmaps)
-        counts = below[per_depth[depth + 1] :]
-    arrays: list[list[int]] = []  # the symbols of the inner nodes one depth below
-    leaf_end = len(symbols)
-    for depth in reversed(range(len(levels))):
-        leaf_count = per_depth[depth + 1]
-        leaves = symbols[leaf_end - leaf_count : leaf_end]
-        leaf_end -= leaf_count
-        merged = []
-        for j, bitmap in enumerate(levels[depth]):
-            sides = []
-            for child in (2 * j, 2 * j + 1):
-                leaf = child < leaf_count
-                sides.append(iter([leaves[child]] * len(bitmap)) if leaf else iter(arrays[child - leaf_count]))
-            merged.append([next(sides[bit]) for bit in bitmap])
-        arrays = merged
-    return arrays[0], at
+def tree_block(body: bytes, at: int, tree: list[list[bytes]], n: int) -> tuple[list[int], int]:
+    def take(count: int, width: int) -> list[int]:
+        nonlocal at
+        size = (count * width + 7) // 8
+        bits = int.from_bytes(body[at : at + size], "little")
+        at += size
+        assert bits >> count * width == 0
+        return [bits >> i * width & ((1 << width) - 1) for i in range(count)]
+
+    counts = [n]  # of the symbols that reach each node of this depth
+    nodes: list[list[list[int]]] = []  # by depth: the symbols of its leaves, then the bitmaps of its inner nodes
+    for groups in tree:
+        level = []
+        for group, count in zip(groups, counts, strict=False):
+            level.append([group[place] for place in take(count, (len(group) - 1).bit_length())])
+        below = []
+        for count in counts[len(groups) :]:
+            level.append(take(count, 1))
+            below += [count - sum(level[-1]), sum(level[-1])]
+        nodes.append(level)
+        counts = below
+    children: list[list[int]] = []
+    for level, groups in zip(reversed(nodes), reversed(tree), strict=True):
+        for j, bitmap in enumerate(level[len(groups) :]):
+            sides = iter(children[2 * j]), iter(children[2 * j + 1])
+            level[len(groups) + j] = [next(sides[bit]) for bit in bitmap]
+        children = level
+    return children[0], at
 
 
 def lzw_chunk(payload: bytes, size: int) -> bytes:
