@@ -14,6 +14,7 @@ import zstandard
 from minilm import weights
 
 import lepton_kernels as lk
+from lepton_kernels.prune import magnitude_mask
 from lepton_kernels.quantizers import quantize_weight
 
 LIMIT = 24 << 20  # bytes of each kind of data: slow encoders take seconds
@@ -29,7 +30,7 @@ def data(kind: str) -> tuple[bytes, str]:
     parts = []
     for weight in weights():
         if kind == "int8, 80 % pruned":
-            weight = weight * lk.prune.magnitude_mask(weight, 0.8)
+            weight = weight * magnitude_mask(weight, 0.8)
         parts.append(quantize_weight(weight, scheme)[0].numpy().tobytes())
     return b"".join(parts)[:LIMIT], "bytes"
 
