@@ -57,6 +57,7 @@ def recurrent(
 
 MAX_CHUNK_BYTES: int
 
+def new_bytes(size: int) -> tuple[bytes, int]: ...
 def encode_chunks(
     codec: int,
     layout: int,

@@ -11,6 +11,7 @@
 #include "bindings/bindings.h"
 #include "codec/huffman.h"
 #include "codec/lzw.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -33,6 +34,16 @@ void check_codec(int codec, int layout) {
   check(codec == 1 || codec == 2, "codec: id is " + std::to_string(codec) + "; allowed: 1, 2");
   check(layout >= 0 && layout < kLayoutCount,
         "codec: layout is " + std::to_string(layout) + "; allowed: 0 to " + std::to_string(kLayoutCount - 1));
+}
+
+// A bytes object of any content, in huge pages where it is large, and the address at which the caller fills it before
+// anybody else sees it.
+std::pair<py::bytes, uintptr_t> new_bytes(int64_t size) {
+  PyObject* const object = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size));
+  if (object == nullptr) throw py::error_already_set();
+  char* const memory = PyBytes_AS_STRING(object);
+  advise_huge_pages(memory, size);
+  return {py::reinterpret_steal<py::bytes>(object), reinterpret_cast<uintptr_t>(memory)};
 }
 
 // Encodes src[size] in chunks; chunk i goes to dst + i * slot, its length to lengths[i].
@@ -119,6 +130,7 @@ std::optional<std::string> lzw_stream_decode(int variant, uintptr_t src, int64_t
 void bind_codec(py::module_& module) {
   module.attr("MAX_CHUNK_BYTES") = kMaxChunkBytes;
   module.def("encode_chunks", &encode_chunks);
+  module.def("new_bytes", &new_bytes);
   module.def("decode_chunks", &decode_chunks);
   module.def("count_symbols", &count_symbols);
   module.def("lzw_stream_bound", &lzw_stream_bound);

@@ -41,14 +41,17 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
   return buffer.data();
 }
-thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer;
+thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer, last_block;
 
 // counts[256] of symbols[n]; four tables, so that equal neighbours do not wait for each other's store.
 void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
   uint32_t table[4][256] = {};
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int t = 0; t < 4; ++t) ++table[t][symbols[i + t]];
+  for (; i + 8 <= n; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, symbols + i, 8);
+    for (int t = 0; t < 8; ++t) ++table[t % 4][eight >> 8 * t & 0xff];
+  }
   for (; i < n; ++i) ++table[0][symbols[i]];
   for (int s = 0; s < 256; ++s) counts[s] = table[0][s] + table[1][s] + table[2][s] + table[3][s];
 }
@@ -101,16 +104,19 @@ void encode_plane(const uint8_t* plane, int64_t n, const PlanePlan& plan, uint8_
   uint8_t rank_of[256] = {};
   for (int rank = 0; rank < code.symbol_count(); ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
   const int64_t most = std::min(kBlock, n);
-  uint8_t* ranks = scratch(rank_buffer, most + kVectorSlack);
-  EncodeBlockArgs args{&code, nullptr, ranks, 0, out, {nullptr, nullptr}};
+  EncodeBlockArgs args{&code, nullptr, nullptr, rank_of, 0, out, scratch(rank_buffer, most + kVectorSlack), {}};
   for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], most + kEncodeSlack);
   uint32_t rank_begin[kMaxLeaves + 1];
   args.rank_begin = rank_begin;
   EncodeBlockFn* const encode_block = select_huffman_encode_block(isa_in_use());
   for (size_t block = 0; block < plan.block_counts.size(); ++block) {
-    const uint8_t* symbols = plane + static_cast<int64_t>(block) * kBlock;
-    args.n = static_cast<int>(std::min(kBlock, n - static_cast<int64_t>(block) * kBlock));
-    for (int i = 0; i < args.n; ++i) ranks[i] = rank_of[symbols[i]];
+    const int64_t start = static_cast<int64_t>(block) * kBlock;
+    args.symbols = plane + start;
+    args.n = static_cast<int>(std::min(kBlock, n - start));
+    if (n - start < args.n + kVectorSlack) {
+      uint8_t* const copy = scratch(last_block, args.n + kVectorSlack);
+      args.symbols = static_cast<const uint8_t*>(std::memcpy(copy, plane + start, static_cast<size_t>(args.n)));
+    }
     ranks_of(code, plan.block_counts[block], rank_begin);
     encode_block(args);
     args.out += block_bytes(code, rank_begin);
@@ -122,9 +128,12 @@ void encode_plane(const uint8_t* plane, int64_t n, const PlanePlan& plan, uint8_
 int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst) {
   const int planes = plane_count(layout);
   const int64_t n = size / element_bytes(layout);
-  uint8_t* plane[kMaxPlanes] = {};
-  for (int p = 0; p < planes; ++p) plane[p] = scratch(plane_buffer[p], n + kVectorSlack);
-  select_split_planes(isa_in_use())(layout, src, n, plane);
+  const uint8_t* plane[kMaxPlanes] = {src};
+  if (layout != Layout::bytes) {
+    uint8_t* split[kMaxPlanes] = {};
+    for (int p = 0; p < planes; ++p) plane[p] = split[p] = scratch(plane_buffer[p], n);
+    select_split_planes(isa_in_use())(layout, src, n, split);
+  }
 
   PlanePlan plan[kMaxPlanes];
   int64_t total = 1 + planes * kPlaneHeader;

@@ -34,9 +34,11 @@ constexpr int kEncodeSlack = kVectorSlack * kMaxLeaves;
 struct EncodeBlockArgs {
   const HuffmanCode* code;
   const uint32_t* rank_begin;  // [symbol_count + 1]: how many of the block's symbols have a lower rank
-  const uint8_t* ranks;        // the block's symbols as ranks, n of them, with kVectorSlack
+  const uint8_t* symbols;      // n of them, with kVectorSlack
+  const uint8_t* rank_of;      // [256], of symbols that occur
   int n;
   uint8_t* out;       // block_bytes of them, no slack
+  uint8_t* ranks;     // n bytes, with kVectorSlack
   uint8_t* level[2];  // n + kEncodeSlack bytes each
 };
 using EncodeBlockFn = void(const EncodeBlockArgs& args);

@@ -94,6 +94,7 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
 void huffman_encode_block(const EncodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
   uint8_t* bits = args.out;
+  translate(args.symbols, args.n, args.rank_of, args.ranks);
   for (int depth = 0; depth <= code.max_depth; ++depth) {
     const uint8_t* in = depth == 0 ? args.ranks : args.level[depth & 1];
     const int slack = depth == 0 ? 0 : kVectorSlack;

@@ -40,6 +40,10 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   return ones;
 }
 
+LEPTON_INLINE void translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  for (int i = 0; i < n; ++i) out[i] = table[in[i]];
+}
+
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   for (int i = 0; i < n; i += 8) {

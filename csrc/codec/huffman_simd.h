@@ -5,6 +5,7 @@
 //   blend(out, n, bits, symbol0, symbol1)    the same, both being one symbol for ever
 //   unpack(out, n, bits, k, symbols)         out[i] = symbols[the i-th number of k bits], k from 1 to 8
 //   count_ones(bits, n)                      how many of the n bits are 1
+//   translate(in, n, table, out)             out[i] = table[in[i]], a table of 256
 //   partition<keep_left, keep_right>(in, n, middle, bits, left, right)
 //                                            the reverse: bit i = in[i] >= middle; the two sides, where they are kept
 //   pack(in, n, first, k, bits)              the reverse of unpack: the i-th number is in[i] - first
@@ -67,11 +68,16 @@ LEPTON_INLINE void unpack_words(uint8_t* out, int n, const uint8_t* bits, int k,
 }
 LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
   uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
-  for (int i = 0; i < n; i += 8, bits += k) {
+  const auto packed_at = [&](int i) LEPTON_LAMBDA_INLINE {
     uint64_t word;
     __builtin_memcpy(&word, in + i, 8);
-    word -= first * uint64_t{0x0101010101010101};  // what a place past n borrows, it borrows from places further on
-    uint64_t packed = gather_numbers(word, k);
+    // What a place past n borrows, it borrows from places further on.
+    return gather_numbers(word - first * uint64_t{0x0101010101010101}, k);
+  };
+  int i = 0;
+  for (; i + 8 <= n && end - bits >= 8; i += 8, bits += k) store_word(bits, packed_at(i), 8);
+  for (; i < n; i += 8, bits += k) {
+    uint64_t packed = packed_at(i);
     if (n - i < 8) packed &= (uint64_t{1} << (n - i) * k) - 1;
     store_word(bits, packed, end - bits);
   }

@@ -6,40 +6,44 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// The 64 bits from bit i of n on; those past n are 0.
-LEPTON_INLINE uint64_t word_at(const uint8_t* bits, int i, int n) {
-  uint64_t word = 0;
-  if (n - i >= 64) {
-    __builtin_memcpy(&word, bits + i / 8, 8);
-    return word;
+// Calls step(i, word) for every 64 of n bits; in the last one those past n are 0.
+template <typename Step>
+LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
+  int i = 0;
+  for (; i + 64 <= n; i += 64, bits += 8) {
+    uint64_t word;
+    __builtin_memcpy(&word, bits, 8);
+    step(i, word);
   }
-  for (int byte = 0; 8 * byte < n - i; ++byte) word |= static_cast<uint64_t>(bits[i / 8 + byte]) << 8 * byte;
-  return word & ((uint64_t{1} << (n - i)) - 1);
+  if (i == n) return;
+  uint64_t word = 0;
+  for (int byte = 0; 8 * byte < n - i; ++byte) word |= static_cast<uint64_t>(bits[byte]) << 8 * byte;
+  step(i, word & ((uint64_t{1} << (n - i)) - 1));
 }
 
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
-  for (int i = 0; i < n; i += 64) {
-    const uint64_t word = word_at(bits, i, n);
+  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
     const __m512i zeros = _mm512_maskz_expand_epi8(~word, _mm512_loadu_si512(left));
     _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(zeros, word, _mm512_loadu_si512(right)));
     const int64_t ones = __builtin_popcountll(word);
     right += ones;
     left += 64 - ones;
-  }
+  });
 }
 
 LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
   const __m512i left = _mm512_set1_epi8(static_cast<char>(symbol));
-  for (int i = 0; i < n; i += 64) {
-    const uint64_t word = word_at(bits, i, n);
+  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
     _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(left, word, _mm512_loadu_si512(right)));
     right += __builtin_popcountll(word);
-  }
+  });
 }
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(symbol0)), one = _mm512_set1_epi8(static_cast<char>(symbol1));
-  for (int i = 0; i < n; i += 64) _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(word_at(bits, i, n), zero, one));
+  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
+    _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(word, zero, one));
+  });
 }
 
 // Where the numbers of k bits lie: each 64-bit lane gets the bytes of its eight, then shifts each to its own byte.
@@ -59,6 +63,18 @@ constexpr UnpackTables make_unpack_tables() {
   return tables;
 }
 constexpr UnpackTables kUnpack = make_unpack_tables();
+
+// 256 bytes, 64 of which are looked up at a time.
+struct ByteTable {
+  __m512i part[4];
+  LEPTON_INLINE explicit ByteTable(const uint8_t* table) {
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+  }
+  LEPTON_INLINE __m512i at(__m512i places) const {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(places), _mm512_permutex2var_epi8(part[0], places, part[1]),
+                                  _mm512_permutex2var_epi8(part[2], places, part[3]));
+  }
+};
 
 // The first `bytes` bytes at p, at most 64; no byte behind them is read.
 LEPTON_INLINE __m512i load_bytes(const uint8_t* p, int64_t bytes) {
@@ -87,11 +103,13 @@ LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const
     return unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE {
       return _mm512_permutex2var_epi8(table0, places, table1);
     });
-  const __m512i table2 = _mm512_loadu_si512(symbols + 128), table3 = _mm512_loadu_si512(symbols + 192);
-  unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE {
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(places), _mm512_permutex2var_epi8(table0, places, table1),
-                                  _mm512_permutex2var_epi8(table2, places, table3));
-  });
+  const ByteTable table(symbols);
+  unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE { return table.at(places); });
+}
+
+LEPTON_INLINE void translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  const ByteTable bytes(table);
+  for (int i = 0; i < n; i += 64) _mm512_storeu_si512(out + i, bytes.at(_mm512_loadu_si512(in + i)));
 }
 
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
@@ -106,17 +124,24 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   const __m512i threshold = _mm512_set1_epi8(static_cast<char>(middle));
-  for (int i = 0; i < n; i += 64) {
+  const auto split = [&](int i) LEPTON_LAMBDA_INLINE {
     const __m512i x = _mm512_loadu_si512(in + i);
-    uint64_t word = _mm512_cmpge_epu8_mask(x, threshold);
-    if (n - i < 64) word &= (uint64_t{1} << (n - i)) - 1;
-    const int bytes = n - i < 64 ? (n - i + 7) / 8 : 8;
-    for (int byte = 0; byte < bytes; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(word >> 8 * byte);
+    const uint64_t word = _mm512_cmpge_epu8_mask(x, threshold);
     const int64_t ones = __builtin_popcountll(word);
     // Compressed into a register, then stored: with a memory destination it is microcode on Zen 4.
     if constexpr (keep_left) _mm512_storeu_si512(left, _mm512_maskz_compress_epi8(~word, x)), left += 64 - ones;
     if constexpr (keep_right) _mm512_storeu_si512(right, _mm512_maskz_compress_epi8(word, x)), right += ones;
+    return word;
+  };
+  int i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t word = split(i);
+    __builtin_memcpy(bits + i / 8, &word, 8);
   }
+  if (i == n) return;
+  // What lies past n goes to the ends of both sides, where nobody looks.
+  const uint64_t word = split(i) & ((uint64_t{1} << (n - i)) - 1);
+  for (int byte = 0; 8 * byte < n - i; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(word >> 8 * byte);
 }
 
 }  // namespace

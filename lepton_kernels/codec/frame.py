@@ -8,6 +8,7 @@
 Integers are little-endian. Chunks are independent: they are decoded on several threads, or alone.
 """
 
+import ctypes
 import struct
 import sys
 from dataclasses import dataclass
@@ -128,12 +129,25 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
             CODECS[codec], layout_id, source.ctypes.data, source.size, min(chunk_size, source.size),
             payloads.ctypes.data, slot, lengths.ctypes.data, thread_count(function, threads),
         )  # fmt: skip
-    parts = [payloads[i, :length].data for i, length in enumerate(lengths)]
-    checksums = np.array([xxhash.xxh3_64_intdigest(part) for part in parts], dtype="<u8")
+    parts = [payloads[i, :length] for i, length in enumerate(lengths)]
+    checksums = np.array([xxhash.xxh3_64_intdigest(part.data) for part in parts], dtype="<u8")
     header = _HEADER.pack(MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
     check = _CHECK.pack(xxhash.xxh3_64_intdigest(header + tables))
-    return b"".join([header, check, tables, *parts])
+    start = header + check + tables
+    blob, memory = _new_bytes(len(start) + int(lengths.sum()))
+    at = len(start)
+    memory[:at] = np.frombuffer(start, dtype=np.uint8)
+    for part in parts:
+        memory[at : at + part.size] = part
+        at += part.size
+    return blob
+
+
+def _new_bytes(size: int) -> tuple[bytes, np.ndarray]:
+    """New bytes and their memory, to be filled before anybody else sees them: no copy of what may be gigabytes."""
+    blob, address = C.new_bytes(size)
+    return blob, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def parse(function: str, blob: Any) -> Frame:
@@ -174,8 +188,7 @@ def parse(function: str, blob: Any) -> Frame:
 
 def _output(function: str, out: Any, size: int) -> tuple[Any, np.ndarray]:
     if out is None:
-        buffer = np.empty(size, dtype=np.uint8)
-        return buffer.data, buffer
+        return _new_bytes(size)
     memory, _ = as_bytes(function, "out", out)
     if memory.size != size or not memory.flags.writeable:
         raise ValueError(
@@ -214,7 +227,7 @@ def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, thread
             raise CorruptDataError(f"{function}: chunk {first + bad[0]}: {bad[1]}")
     if not whole:
         memory[:] = target[start - begin : stop - begin]
-    return result if out is not None else bytes(result)
+    return result
 
 
 def info(blob: Any) -> FrameInfo:
