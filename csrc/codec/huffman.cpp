@@ -175,6 +175,7 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
     uint8_t mode;
     const uint8_t *next, *end;
     HuffmanCode code;
+    int64_t last_block = 0;  // its bytes
   };
   const int planes = plane_count(layout);
   const int64_t n = size / element_bytes(layout), block = std::min(int64_t{1} << block_log2, n);
@@ -224,8 +225,10 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
       args.bits_end = self.end;
       args.n = static_cast<int>(count);
       args.out = in_place ? out : scratch(plane_buffer[p], block + kVectorSlack);
+      args.ahead = self.last_block;
       const int64_t used = decode_block(args);
       if (used < 0) return static_cast<Status>(-used);
+      self.last_block = used;
       self.next += used;
       symbols[p] = args.out;
     }

@@ -23,6 +23,7 @@ struct DecodeBlockArgs {
   uint8_t* out;       // n symbols, with kVectorSlack
   int n;              // 1 or more
   uint8_t* level[2];  // n bytes each, with kVectorSlack
+  int64_t ahead;      // about how far behind `bits` the next block is, whose bits are fetched meanwhile
 };
 // Returns how many bytes of `bits` the block took, or -Status.
 using DecodeBlockFn = int64_t(const DecodeBlockArgs& args);

@@ -18,6 +18,11 @@ struct Bits {
   int n;
 };
 
+// Fetches `bytes` bytes to the second-level cache; they need not be there.
+LEPTON_INLINE void fetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Takes n bits off *bits. False where there are not as many, or the padding is not 0.
 LEPTON_INLINE bool take_bits(const uint8_t** bits, const uint8_t* end, int64_t n) {
   const int64_t bytes = (n + 7) / 8;
@@ -64,8 +69,10 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
     const int first_leaf = code.first_leaf[depth];
     if (code.max_depth == 0 && code.singles[0] == 1)
       __builtin_memset(out, code.symbols[0], static_cast<size_t>(args.n));
-    for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n)
+    for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n) {
+      fetch(leaf[i].bits + args.ahead, plain_bytes(leaf[i].n, code.leaf_bits[i]));
       unpack(out, leaf[i].n, leaf[i].bits, code.leaf_bits[i], code.symbols + code.leaf_begin[i]);
+    }
     if (depth == code.max_depth) continue;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
     const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
@@ -76,6 +83,7 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
     for (int j = 0; j < count; ++j) {
       const Bits& self = node[first + j];
       const int p = 2 * j;
+      fetch(self.bits + args.ahead, self.n / 8);
       if (p + 1 < singles_below) {
         blend(out, self.n, self.bits, single[p], single[p + 1]);
       } else if (p < singles_below) {
