@@ -41,7 +41,7 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
   return buffer.data();
 }
-thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer, last_block;
+thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer, last_block, block_buffer;
 
 // counts[256] of symbols[n]; four tables, so that equal neighbours do not wait for each other's store.
 void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
@@ -56,71 +56,112 @@ void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
   for (int s = 0; s < 256; ++s) counts[s] = table[0][s] + table[1][s] + table[2][s] + table[3][s];
 }
 
-// One plane of a chunk on its way into the payload.
-struct PlanePlan {
-  HuffmanCode code;
-  std::vector<std::array<uint32_t, 256>> block_counts;  // by symbol
-  uint8_t mode = kPlaneRaw;
-  int64_t size = 0;
+// Planes of so many symbols and more are counted in part: one piece of kSamplePiece in kSampleShare. Counting a byte
+// takes longer than encoding it.
+constexpr int64_t kSampledPlane = 1 << 16, kSamplePiece = 1024, kSampleShare = 4;
+// A sample may lack rare symbols: those that are near to what it has get a code too. With fewer symbols than
+// kLeastSymbols that could cost many bits, and all are counted.
+constexpr int kNearSymbols = 8, kLeastSymbols = 16;
+
+// What a code is made for, and how many of the plane's symbols that is.
+struct Counts {
+  std::array<uint32_t, 256> of{};
+  int64_t total = 0;
 };
 
-// rank_begin[symbol_count + 1] of one block (huffman_block.h).
-void ranks_of(const HuffmanCode& code, const std::array<uint32_t, 256>& counts, uint32_t* rank_begin) {
-  uint32_t sum = 0;
-  for (int rank = 0; rank < code.symbol_count(); ++rank) {
-    rank_begin[rank] = sum;
-    sum += counts[code.symbols[rank]];
-  }
-  rank_begin[code.symbol_count()] = sum;
+Counts count_all(const uint8_t* plane, int64_t n) {
+  Counts counts;
+  count_symbols(plane, n, counts.of.data());
+  counts.total = n;
+  return counts;
 }
 
-void plan_plane(const uint8_t* plane, int64_t n, bool may_be_raw, PlanePlan* plan) {
-  std::array<uint32_t, 256> total{};
-  for (int64_t start = 0; start < n; start += kBlock) {
-    auto& counts = plan->block_counts.emplace_back();
-    count_symbols(plane + start, std::min(kBlock, n - start), counts.data());
-    for (int s = 0; s < 256; ++s) total[s] += counts[s];
+// Counts without a symbol where there are too few for a sample.
+Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
+  Counts counts;
+  std::array<uint32_t, 256> piece;
+  for (int64_t start = 0; start + kSamplePiece <= n; start += kSamplePiece * kSampleShare) {
+    count_symbols(plane + start, kSamplePiece, piece.data());
+    for (int s = 0; s < 256; ++s) counts.of[s] += piece[s];
+    counts.total += kSamplePiece;
   }
-  build_code(total.data(), &plan->code);
-  int64_t coded = table_bytes(plan->code);
-  uint32_t rank_begin[kMaxLeaves + 1];
-  for (const auto& counts : plan->block_counts) {
-    ranks_of(plan->code, counts, rank_begin);
-    coded += block_bytes(plan->code, rank_begin);
+  if (std::count_if(counts.of.begin(), counts.of.end(), [](uint32_t c) { return c > 0; }) < kLeastSymbols) return {};
+  int lowest = 0, highest = 255;
+  while (counts.of[lowest] == 0) ++lowest;
+  while (counts.of[highest] == 0) --highest;
+  for (int s = std::max(lowest - kNearSymbols, 0); s <= std::min(highest + kNearSymbols, last_symbol); ++s) {
+    counts.total += counts.of[s] == 0;
+    counts.of[s] = std::max(counts.of[s], 1u);
   }
-  const bool tree = !may_be_raw || pays(coded, n);
-  plan->mode = tree ? kPlaneTree : kPlaneRaw;
-  plan->size = tree ? coded : n;
+  return counts;
 }
 
-void encode_plane(const uint8_t* plane, int64_t n, const PlanePlan& plan, uint8_t* out) {
-  if (plan.mode == kPlaneRaw) {
-    std::memcpy(out, plane, static_cast<size_t>(n));
-    return;
+// The bytes that n symbols take, of which `counts` were counted, but for padding.
+int64_t expected_bytes(const HuffmanCode& code, const Counts& counts, int64_t n) {
+  uint64_t bits = 0;
+  for (int depth = 0, leaf = 0; depth <= code.max_depth; ++depth) {
+    for (int i = 0; i < code.leaves[depth]; ++i, ++leaf) {
+      uint64_t count = 0;
+      for (int rank = code.leaf_begin[leaf]; rank < code.leaf_begin[leaf + 1]; ++rank)
+        count += counts.of[code.symbols[rank]];
+      bits += count * static_cast<uint64_t>(depth + code.leaf_bits[leaf]);
+    }
   }
-  const HuffmanCode& code = plan.code;
+  return table_bytes(code) + static_cast<int64_t>(static_cast<double>(bits) / 8 * (double(n) / double(counts.total)));
+}
+
+constexpr int64_t kNoRoom = -2;
+
+// Writes a plane's table and blocks to out[room]. Returns the bytes written, -1 where a symbol has no code, or kNoRoom.
+int64_t encode_tree(const uint8_t* plane, int64_t n, const HuffmanCode& code, uint8_t* out, int64_t room) {
+  uint8_t* const begin = out;
+  if (room < table_bytes(code)) return kNoRoom;
   write_table(code, out);
   out += table_bytes(code);
-  uint8_t rank_of[256] = {};
+  uint8_t rank_of[256];
+  std::fill_n(rank_of, 256, kNoRank);
   for (int rank = 0; rank < code.symbol_count(); ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
-  const int64_t most = std::min(kBlock, n);
-  EncodeBlockArgs args{&code, nullptr, nullptr, rank_of, 0, out, scratch(rank_buffer, most + kVectorSlack), {}};
-  for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], most + kEncodeSlack);
-  uint32_t rank_begin[kMaxLeaves + 1];
-  args.rank_begin = rank_begin;
+  const int64_t most = std::min(kBlock, n), bound = block_bound(code, most);
+  EncodeBlockArgs args{&code, nullptr, rank_of, 0, nullptr, scratch(rank_buffer, most + kVectorSlack), {}};
+  for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], level_bound(most));
   EncodeBlockFn* const encode_block = select_huffman_encode_block(isa_in_use());
-  for (size_t block = 0; block < plan.block_counts.size(); ++block) {
-    const int64_t start = static_cast<int64_t>(block) * kBlock;
+  for (int64_t start = 0; start < n; start += kBlock) {
     args.symbols = plane + start;
     args.n = static_cast<int>(std::min(kBlock, n - start));
     if (n - start < args.n + kVectorSlack) {
       uint8_t* const copy = scratch(last_block, args.n + kVectorSlack);
       args.symbols = static_cast<const uint8_t*>(std::memcpy(copy, plane + start, static_cast<size_t>(args.n)));
     }
-    ranks_of(code, plan.block_counts[block], rank_begin);
-    encode_block(args);
-    args.out += block_bytes(code, rank_begin);
+    const int64_t left = room - (out - begin);
+    args.out = left >= bound ? out : scratch(block_buffer, bound);
+    const int64_t bytes = encode_block(args);
+    if (bytes < 0) return bytes;
+    if (bytes > left) return kNoRoom;
+    if (args.out != out) std::memcpy(out, args.out, static_cast<size_t>(bytes));
+    out += bytes;
   }
+  return out - begin;
+}
+
+// Writes a plane to out[room], as a tree where that pays, else as it is. Returns the bytes written, or kNoRoom.
+int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* out, int64_t room, uint8_t* mode) {
+  const bool nibbles = layout == Layout::nibbles, may_be_raw = !nibbles;  // raw, each would take a byte
+  HuffmanCode code;
+  *mode = kPlaneTree;
+  for (bool sampled = n >= kSampledPlane;; sampled = false) {
+    const Counts counts = sampled ? count_sample(plane, n, nibbles ? 15 : 255) : count_all(plane, n);
+    if (counts.total == 0) continue;
+    build_code(counts.of.data(), &code);
+    if (may_be_raw && !pays(expected_bytes(code, counts, n), n)) break;
+    const int64_t bytes = encode_tree(plane, n, code, out, room);
+    if (bytes == -1) continue;  // the sample lacked a symbol
+    if (!may_be_raw || (bytes >= 0 && pays(bytes, n))) return bytes;
+    break;
+  }
+  *mode = kPlaneRaw;
+  if (room < n) return kNoRoom;
+  std::memcpy(out, plane, static_cast<size_t>(n));
+  return n;
 }
 
 }  // namespace
@@ -134,27 +175,18 @@ int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, ui
     for (int p = 0; p < planes; ++p) plane[p] = split[p] = scratch(plane_buffer[p], n);
     select_split_planes(isa_in_use())(layout, src, n, split);
   }
-
-  PlanePlan plan[kMaxPlanes];
+  dst[0] = kBlockLog2;
   int64_t total = 1 + planes * kPlaneHeader;
   for (int p = 0; p < planes; ++p) {
-    // A raw plane of nibbles would take a byte for each.
-    plan_plane(plane[p], n, layout != Layout::nibbles, &plan[p]);
-    total += plan[p].size;
-  }
-  if (!pays(total, size)) {
-    dst[0] = kStored;
-    std::memcpy(dst + 1, src, static_cast<size_t>(size));
-    return size + 1;
-  }
-  *dst++ = kBlockLog2;
-  for (int p = 0; p < planes; ++p, dst += kPlaneHeader) {
-    dst[0] = plan[p].mode;
-    store32(dst + 1, static_cast<uint32_t>(plan[p].size));
-  }
-  for (int p = 0; p < planes; ++p) {
-    encode_plane(plane[p], n, plan[p], dst);
-    dst += plan[p].size;
+    uint8_t* const header = dst + 1 + p * kPlaneHeader;
+    const int64_t bytes = total > size ? kNoRoom : encode_plane(plane[p], n, layout, dst + total, size - total, header);
+    total += bytes;
+    if (bytes < 0 || !pays(total, size)) {
+      dst[0] = kStored;
+      std::memcpy(dst + 1, src, static_cast<size_t>(size));
+      return size + 1;
+    }
+    store32(header + 1, static_cast<uint32_t>(bytes));
   }
   return total;
 }

@@ -29,34 +29,29 @@ struct DecodeBlockArgs {
 using DecodeBlockFn = int64_t(const DecodeBlockArgs& args);
 LEPTON_KERNEL(huffman_decode_block, DecodeBlockFn)
 
-// What each level's arrays need so that two neighbours do not overwrite each other by a vector.
-constexpr int kEncodeSlack = kVectorSlack * kMaxLeaves;
-
-struct EncodeBlockArgs {
-  const HuffmanCode* code;
-  const uint32_t* rank_begin;  // [symbol_count + 1]: how many of the block's symbols have a lower rank
-  const uint8_t* symbols;      // n of them, with kVectorSlack
-  const uint8_t* rank_of;      // [256], of symbols that occur
-  int n;
-  uint8_t* out;       // block_bytes of them, no slack
-  uint8_t* ranks;     // n bytes, with kVectorSlack
-  uint8_t* level[2];  // n + kEncodeSlack bytes each
-};
-using EncodeBlockFn = void(const EncodeBlockArgs& args);
-LEPTON_KERNEL(huffman_encode_block, EncodeBlockFn)
-
 // The bytes that n plain numbers of `bits` bits take.
 constexpr int64_t plain_bytes(int64_t n, int bits) { return (n * bits + 7) / 8; }
 
-// The bytes that a block takes.
-inline int64_t block_bytes(const HuffmanCode& code, const uint32_t* rank_begin) {
-  int64_t bytes = 0;
-  for (int node = 0; node + 1 < code.leaf_count; ++node)
-    bytes += (rank_begin[code.end[node]] - rank_begin[code.begin[node]] + 7) / 8;
-  for (int leaf = 0; leaf < code.leaf_count; ++leaf)
-    bytes +=
-        plain_bytes(rank_begin[code.leaf_begin[leaf + 1]] - rank_begin[code.leaf_begin[leaf]], code.leaf_bits[leaf]);
-  return bytes;
+struct EncodeBlockArgs {
+  const HuffmanCode* code;
+  const uint8_t* symbols;  // n of them, with kVectorSlack
+  const uint8_t* rank_of;  // [256]; kNoRank for symbols without a code
+  int n;
+  uint8_t* out;       // block_bound bytes
+  uint8_t* ranks;     // n bytes, with kVectorSlack
+  uint8_t* level[2];  // level_bound bytes each
+};
+constexpr uint8_t kNoRank = 255;
+
+// Returns how many bytes the block takes, or -1 where a symbol has no code.
+using EncodeBlockFn = int64_t(const EncodeBlockArgs& args);
+LEPTON_KERNEL(huffman_encode_block, EncodeBlockFn)
+
+// The most bytes that a block of n symbols takes: all of them at the deepest leaf, and padding.
+constexpr int64_t block_bound(const HuffmanCode& code, int64_t n) {
+  return (n * (code.max_depth + 8) + 7) / 8 + 2 * kMaxLeaves;
 }
+// Encoding puts a node's two sides side by side before it knows how large they are.
+constexpr int64_t level_bound(int64_t n) { return 2 * (n + kVectorSlack * kMaxLeaves); }
 
 }  // namespace lepton

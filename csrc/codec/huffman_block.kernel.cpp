@@ -99,43 +99,49 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
   return bits - args.bits;
 }
 
-void huffman_encode_block(const EncodeBlockArgs& args) {
+int64_t huffman_encode_block(const EncodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
+  const bool all_coded = translate(args.symbols, args.n, args.rank_of, args.ranks);
+  if (!all_coded && code.symbol_count() < kMaxLeaves) return -1;
+  struct Ranks {
+    const uint8_t* ranks;
+    int n;
+  } node[kMaxLeaves], leaf[kMaxLeaves];
+  (code.max_depth == 0 ? leaf : node)[0] = {args.ranks, args.n};
   uint8_t* bits = args.out;
-  translate(args.symbols, args.n, args.rank_of, args.ranks);
   for (int depth = 0; depth <= code.max_depth; ++depth) {
-    const uint8_t* in = depth == 0 ? args.ranks : args.level[depth & 1];
-    const int slack = depth == 0 ? 0 : kVectorSlack;
     const int first_leaf = code.first_leaf[depth];
     for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; ++i) {
-      const int n = static_cast<int>(args.rank_begin[code.leaf_begin[i + 1]] - args.rank_begin[code.leaf_begin[i]]);
-      pack(in, n, static_cast<uint8_t>(code.leaf_begin[i]), code.leaf_bits[i], bits);
-      bits += plain_bytes(n, code.leaf_bits[i]);
-      in += n + slack;
+      pack(leaf[i].ranks, leaf[i].n, static_cast<uint8_t>(code.leaf_begin[i]), code.leaf_bits[i], bits);
+      bits += plain_bytes(leaf[i].n, code.leaf_bits[i]);
     }
     if (depth == code.max_depth) break;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int singles_below = code.singles[depth + 1];
+    const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
+    Ranks* const leaf_below = leaf + code.first_leaf[depth + 1];
+    Ranks* const node_below = node + code.first_node[depth + 1] - leaves_below;
     uint8_t* out = args.level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
-      const int begin = static_cast<int>(args.rank_begin[code.begin[first + j]]);
-      const int middle = static_cast<int>(args.rank_begin[code.middle[first + j]]);
-      const int n = static_cast<int>(args.rank_begin[code.end[first + j]]) - begin;
+      const auto [in, n] = node[first + j];
       const auto threshold = static_cast<uint8_t>(code.middle[first + j]);
-      if (2 * j + 1 < singles_below) {
+      const int p = 2 * j;
+      Ranks& left = (p < leaves_below ? leaf_below : node_below)[p];
+      Ranks& right = (p + 1 < leaves_below ? leaf_below : node_below)[p + 1];
+      if (p + 1 < singles_below) {
         partition<false, false>(in, n, threshold, bits, nullptr, nullptr);
-      } else if (2 * j < singles_below) {
-        partition<false, true>(in, n, threshold, bits, nullptr, out);
-        out += begin + n - middle + kVectorSlack;
+      } else if (p < singles_below) {
+        right = {out, partition<false, true>(in, n, threshold, bits, nullptr, out)};
+        out += right.n + kVectorSlack;
       } else {
-        uint8_t* const right = out + (middle - begin) + kVectorSlack;
-        partition<true, true>(in, n, threshold, bits, out, right);
-        out = right + (begin + n - middle) + kVectorSlack;
+        uint8_t* const second = out + n + kVectorSlack;
+        right = {second, partition<true, true>(in, n, threshold, bits, out, second)};
+        left = {out, n - right.n};
+        out = second + right.n + kVectorSlack;
       }
       bits += (n + 7) / 8;
-      in += n + slack;
     }
   }
+  return bits - args.out;
 }
 
 }  // namespace lepton::LEPTON_ISA

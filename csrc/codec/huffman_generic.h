@@ -40,12 +40,18 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   return ones;
 }
 
-LEPTON_INLINE void translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  for (int i = 0; i < n; ++i) out[i] = table[in[i]];
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  bool all = true;
+  for (int i = 0; i < n; ++i) {
+    out[i] = table[in[i]];
+    all &= out[i] != kNoRank;
+  }
+  return all;
 }
 
 template <bool keep_left, bool keep_right>
-LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+  int ones = 0;
   for (int i = 0; i < n; i += 8) {
     unsigned byte = 0;
     for (int j = i; j < n && j < i + 8; ++j) {
@@ -55,7 +61,9 @@ LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* 
       if constexpr (keep_right) *right = in[j], right += bit;
     }
     bits[i / 8] = static_cast<uint8_t>(byte);
+    ones += __builtin_popcount(byte);
   }
+  return ones;
 }
 
 }  // namespace

@@ -5,9 +5,10 @@
 //   blend(out, n, bits, symbol0, symbol1)    the same, both being one symbol for ever
 //   unpack(out, n, bits, k, symbols)         out[i] = symbols[the i-th number of k bits], k from 1 to 8
 //   count_ones(bits, n)                      how many of the n bits are 1
-//   translate(in, n, table, out)             out[i] = table[in[i]], a table of 256
+//   translate(in, n, table, out)             out[i] = table[in[i]], a table of 256; whether none is kNoRank
 //   partition<keep_left, keep_right>(in, n, middle, bits, left, right)
-//                                            the reverse: bit i = in[i] >= middle; the two sides, where they are kept
+//                                            the reverse: bit i = in[i] >= middle; the two sides, where they are kept.
+//                                            Returns the ones
 //   pack(in, n, first, k, bits)              the reverse of unpack: the i-th number is in[i] - first
 //
 // Arrays of symbols have kVectorSlack bytes of slack, bitmaps have none.

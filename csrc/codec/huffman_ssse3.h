@@ -102,13 +102,19 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   return static_cast<int>(ones);
 }
 
-LEPTON_INLINE void translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  for (int i = 0; i < n; ++i) out[i] = table[in[i]];
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  bool all = true;
+  for (int i = 0; i < n; ++i) {
+    out[i] = table[in[i]];
+    all &= out[i] != kNoRank;
+  }
+  return all;
 }
 
 template <bool keep_left, bool keep_right>
-LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   const __m128i threshold = _mm_set1_epi8(static_cast<char>(middle));
+  int total = 0;
   for (int i = 0; i < n; i += 8) {
     const __m128i x = load8(in + i);
     unsigned b = static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_max_epu8(x, threshold), x))) & 0xff;
@@ -117,7 +123,9 @@ LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* 
     const int ones = __builtin_popcount(b);
     if constexpr (keep_left) store8(left, _mm_shuffle_epi8(x, load8(kShuffle.compress[b ^ 0xff]))), left += 8 - ones;
     if constexpr (keep_right) store8(right, _mm_shuffle_epi8(x, load8(kShuffle.compress[b]))), right += ones;
+    total += ones;
   }
+  return total;
 }
 
 }  // namespace

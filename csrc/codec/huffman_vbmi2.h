@@ -107,9 +107,17 @@ LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const
   unpack_vectors(out, n, bits, k, [&](__m512i places) LEPTON_LAMBDA_INLINE { return table.at(places); });
 }
 
-LEPTON_INLINE void translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
   const ByteTable bytes(table);
-  for (int i = 0; i < n; i += 64) _mm512_storeu_si512(out + i, bytes.at(_mm512_loadu_si512(in + i)));
+  const __m512i none = _mm512_set1_epi8(static_cast<char>(kNoRank));
+  uint64_t missing = 0;
+  for (int i = 0; i < n; i += 64) {
+    const __m512i ranks = bytes.at(_mm512_loadu_si512(in + i));
+    _mm512_storeu_si512(out + i, ranks);
+    const uint64_t here = _mm512_cmpeq_epi8_mask(ranks, none);
+    missing |= n - i < 64 ? here & ((uint64_t{1} << (n - i)) - 1) : here;
+  }
+  return missing == 0;
 }
 
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
@@ -122,12 +130,14 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
 }
 
 template <bool keep_left, bool keep_right>
-LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   const __m512i threshold = _mm512_set1_epi8(static_cast<char>(middle));
+  int64_t total = 0;
   const auto split = [&](int i) LEPTON_LAMBDA_INLINE {
     const __m512i x = _mm512_loadu_si512(in + i);
     const uint64_t word = _mm512_cmpge_epu8_mask(x, threshold);
     const int64_t ones = __builtin_popcountll(word);
+    total += ones;
     // Compressed into a register, then stored: with a memory destination it is microcode on Zen 4.
     if constexpr (keep_left) _mm512_storeu_si512(left, _mm512_maskz_compress_epi8(~word, x)), left += 64 - ones;
     if constexpr (keep_right) _mm512_storeu_si512(right, _mm512_maskz_compress_epi8(word, x)), right += ones;
@@ -138,10 +148,11 @@ LEPTON_INLINE void partition(const uint8_t* in, int n, uint8_t middle, uint8_t* 
     const uint64_t word = split(i);
     __builtin_memcpy(bits + i / 8, &word, 8);
   }
-  if (i == n) return;
+  if (i == n) return static_cast<int>(total);
   // What lies past n goes to the ends of both sides, where nobody looks.
-  const uint64_t word = split(i) & ((uint64_t{1} << (n - i)) - 1);
+  const uint64_t before = static_cast<uint64_t>(total), word = split(i) & ((uint64_t{1} << (n - i)) - 1);
   for (int byte = 0; 8 * byte < n - i; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(word >> 8 * byte);
+  return static_cast<int>(before) + __builtin_popcountll(word);
 }
 
 }  // namespace

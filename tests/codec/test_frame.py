@@ -104,6 +104,28 @@ print(digest.hexdigest())
     assert len({run_python(program, LEPTON_MAX_ISA=isa) for isa in ISAS}) == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_that_a_sample_misrepresents(layout):
+    # The encoder counts one piece of 1 KiB in four.
+    rng = np.random.default_rng(2)
+    counted = np.zeros(1 << 18, bool).reshape(-1, 1024)
+    counted[::4] = True
+    counted = counted.reshape(-1)
+    narrow = rng.integers(100, 120, counted.size, dtype=np.uint8)
+    lone = narrow.copy()
+    lone[5000] = 3  # the only one of its kind, where nobody counts
+    for name, data in {
+        "a symbol that no sample has": lone,
+        "random where nobody counts": np.where(counted, narrow, rng.integers(0, 256, counted.size, dtype=np.uint8)),
+        "rare symbols are frequent": np.where(counted, narrow, np.uint8(127)),
+        "nobody expects anything": np.where(counted, rng.integers(0, 256, counted.size, dtype=np.uint8), np.uint8(1)),
+    }.items():
+        raw = data.astype(np.uint8).tobytes()
+        blob = huffman.encode(raw, layout=layout, threads=1)
+        assert huffman.decode(blob) == raw, name
+        assert len(blob) <= len(raw) + 100, name
+
+
 def test_size_is_within_one_percent_of_the_entropy_of_weights():
     data = samples(2_000_000)["int8 weights"]
     assert len(huffman.encode(data)) <= 1.01 * codec.entropy(data) / 8 * len(data)
