@@ -4,12 +4,17 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+// one where bit is 1, zero where it is 0: both are read, for a branch on such bits is a coin toss.
+LEPTON_INLINE uint8_t select(int bit, uint8_t zero, uint8_t one) {
+  return static_cast<uint8_t>(zero ^ ((zero ^ one) & -bit));
+}
+
 LEPTON_INLINE int bit_at(const uint8_t* bits, int i) { return bits[i >> 3] >> (i & 7) & 1; }
 
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
   for (int i = 0; i < n; ++i) {
     const int bit = bit_at(bits, i);
-    out[i] = bit ? *right : *left;
+    out[i] = select(bit, *left, *right);
     right += bit;
     left += 1 - bit;
   }
@@ -18,13 +23,13 @@ LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const u
 LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
   for (int i = 0; i < n; ++i) {
     const int bit = bit_at(bits, i);
-    out[i] = bit ? *right : symbol;
+    out[i] = select(bit, symbol, *right);
     right += bit;
   }
 }
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
-  for (int i = 0; i < n; ++i) out[i] = bit_at(bits, i) ? symbol1 : symbol0;
+  for (int i = 0; i < n; ++i) out[i] = select(bit_at(bits, i), symbol0, symbol1);
 }
 
 LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
