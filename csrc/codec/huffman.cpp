@@ -56,12 +56,14 @@ void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
   for (int s = 0; s < 256; ++s) counts[s] = table[0][s] + table[1][s] + table[2][s] + table[3][s];
 }
 
-// Planes of so many symbols and more are counted in part: one piece of kSamplePiece in kSampleShare. Counting a byte
-// takes longer than encoding it.
+// Planes of so many symbols and more are counted in part: of every kSampleShare pieces of kSamplePiece symbols one, not
+// the same one each time, for rows of a matrix have such lengths. Counting a byte takes longer than encoding it.
 constexpr int64_t kSampledPlane = 1 << 16, kSamplePiece = 1024, kSampleShare = 4;
 // A sample may lack rare symbols: those that are near to what it has get a code too. With fewer symbols than
 // kLeastSymbols that could cost many bits, and all are counted.
 constexpr int kNearSymbols = 8, kLeastSymbols = 16;
+// A plane that takes more than its sample promised by this part is not like it, and all of it is counted.
+constexpr int64_t kSampleError = 64;
 
 // What a code is made for, and how many of the plane's symbols that is.
 struct Counts {
@@ -80,8 +82,9 @@ Counts count_all(const uint8_t* plane, int64_t n) {
 Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
   Counts counts;
   std::array<uint32_t, 256> piece;
-  for (int64_t start = 0; start + kSamplePiece <= n; start += kSamplePiece * kSampleShare) {
-    count_symbols(plane + start, kSamplePiece, piece.data());
+  for (int64_t first = 0; first + kSampleShare <= n / kSamplePiece; first += kSampleShare) {
+    const int64_t chosen = first + (static_cast<uint32_t>(first) * 0x9e3779b1u >> 30);
+    count_symbols(plane + chosen * kSamplePiece, kSamplePiece, piece.data());
     for (int s = 0; s < 256; ++s) counts.of[s] += piece[s];
     counts.total += kSamplePiece;
   }
@@ -107,12 +110,13 @@ int64_t expected_bytes(const HuffmanCode& code, const Counts& counts, int64_t n)
       bits += count * static_cast<uint64_t>(depth + code.leaf_bits[leaf]);
     }
   }
-  return table_bytes(code) + static_cast<int64_t>(static_cast<double>(bits) / 8 * (double(n) / double(counts.total)));
+  return table_bytes(code) +
+         static_cast<int64_t>(bits * static_cast<uint64_t>(n) / static_cast<uint64_t>(counts.total) / 8);
 }
 
 constexpr int64_t kNoRoom = -2;
 
-// Writes a plane's table and blocks to out[room]. Returns the bytes written, -1 where a symbol has no code, or kNoRoom.
+// Writes a plane's table and blocks to out[room]. Returns the bytes written, kNoCode or kNoRoom.
 int64_t encode_tree(const uint8_t* plane, int64_t n, const HuffmanCode& code, uint8_t* out, int64_t room) {
   uint8_t* const begin = out;
   if (room < table_bytes(code)) return kNoRoom;
@@ -152,9 +156,10 @@ int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* ou
     const Counts counts = sampled ? count_sample(plane, n, nibbles ? 15 : 255) : count_all(plane, n);
     if (counts.total == 0) continue;
     build_code(counts.of.data(), &code);
-    if (may_be_raw && !pays(expected_bytes(code, counts, n), n)) break;
+    const int64_t expected = expected_bytes(code, counts, n);
+    if (may_be_raw && !pays(expected, n)) break;
     const int64_t bytes = encode_tree(plane, n, code, out, room);
-    if (bytes == -1) continue;  // the sample lacked a symbol
+    if (sampled && (bytes < 0 || bytes > expected + expected / kSampleError)) continue;
     if (!may_be_raw || (bytes >= 0 && pays(bytes, n))) return bytes;
     break;
   }

@@ -43,7 +43,9 @@ struct EncodeBlockArgs {
 };
 constexpr uint8_t kNoRank = 255;
 
-// Returns how many bytes the block takes, or -1 where a symbol has no code.
+constexpr int64_t kNoCode = -1;
+
+// Returns how many bytes the block takes, or kNoCode where a symbol has none.
 using EncodeBlockFn = int64_t(const EncodeBlockArgs& args);
 LEPTON_KERNEL(huffman_encode_block, EncodeBlockFn)
 

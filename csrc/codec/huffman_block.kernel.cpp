@@ -35,6 +35,10 @@ LEPTON_INLINE bool take_bits(const uint8_t** bits, const uint8_t* end, int64_t n
 
 int64_t huffman_decode_block(const DecodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
+  if (code.symbol_count() == 1) {
+    __builtin_memset(args.out, code.symbols[0], static_cast<size_t>(args.n));
+    return 0;
+  }
   Bits node[kMaxLeaves], leaf[kMaxLeaves];
   (code.max_depth == 0 ? leaf : node)[0].n = args.n;
   const uint8_t* bits = args.bits;
@@ -67,8 +71,6 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
   for (int depth = code.max_depth; depth >= 0; --depth) {
     uint8_t* out = depth == 0 ? args.out : args.level[depth & 1];
     const int first_leaf = code.first_leaf[depth];
-    if (code.max_depth == 0 && code.singles[0] == 1)
-      __builtin_memset(out, code.symbols[0], static_cast<size_t>(args.n));
     for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n) {
       fetch(leaf[i].bits + args.ahead, plain_bytes(leaf[i].n, code.leaf_bits[i]));
       unpack(out, leaf[i].n, leaf[i].bits, code.leaf_bits[i], code.symbols + code.leaf_begin[i]);
@@ -102,7 +104,7 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
 int64_t huffman_encode_block(const EncodeBlockArgs& args) {
   const HuffmanCode& code = *args.code;
   const bool all_coded = translate(args.symbols, args.n, args.rank_of, args.ranks);
-  if (!all_coded && code.symbol_count() < kMaxLeaves) return -1;
+  if (!all_coded && code.symbol_count() < kMaxLeaves) return kNoCode;
   struct Ranks {
     const uint8_t* ranks;
     int n;

@@ -33,9 +33,7 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
 }
 
 LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
-  unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
-    for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
-  });
+  look_up_words(out, n, bits, k, symbols);
 }
 
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
@@ -43,15 +41,6 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   for (int i = 0; i < n / 8; ++i) ones += __builtin_popcount(bits[i]);
   if (n % 8 != 0) ones += __builtin_popcount(bits[n / 8] & ((1u << n % 8) - 1));
   return ones;
-}
-
-LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  bool all = true;
-  for (int i = 0; i < n; ++i) {
-    out[i] = table[in[i]];
-    all &= out[i] != kNoRank;
-  }
-  return all;
 }
 
 template <bool keep_left, bool keep_right>

@@ -67,6 +67,12 @@ LEPTON_INLINE void unpack_words(uint8_t* out, int n, const uint8_t* bits, int k,
   const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
   for (int i = 0; i < n; i += 8, bits += k) lookup(out + i, spread_numbers(load_word(bits, end - bits), k));
 }
+LEPTON_INLINE void look_up_words(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
+  unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
+    for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
+  });
+}
+
 LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
   uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
   const auto packed_at = [&](int i) LEPTON_LAMBDA_INLINE {
@@ -83,6 +89,17 @@ LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t*
     store_word(bits, packed, end - bits);
   }
 }
+
+#if !defined(__AVX512VBMI2__)
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  bool all = true;
+  for (int i = 0; i < n; ++i) {
+    out[i] = table[in[i]];
+    all &= out[i] != kNoRank;
+  }
+  return all;
+}
+#endif
 
 }  // namespace
 }  // namespace lepton::LEPTON_ISA

@@ -83,9 +83,7 @@ LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const
       store8(to, _mm_shuffle_epi8(table, _mm_cvtsi64_si128(static_cast<int64_t>(places))));
     });
   } else {
-    unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
-      for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
-    });
+    look_up_words(out, n, bits, k, symbols);
   }
 }
 
@@ -100,15 +98,6 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   for (; i + 8 <= n; i += 8) ones += __builtin_popcount(bits[i / 8]);
   if (i < n) ones += __builtin_popcount(bits[i / 8] & ((1u << (n - i)) - 1));
   return static_cast<int>(ones);
-}
-
-LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  bool all = true;
-  for (int i = 0; i < n; ++i) {
-    out[i] = table[in[i]];
-    all &= out[i] != kNoRank;
-  }
-  return all;
 }
 
 template <bool keep_left, bool keep_right>

@@ -16,9 +16,7 @@ LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
     step(i, word);
   }
   if (i == n) return;
-  uint64_t word = 0;
-  for (int byte = 0; 8 * byte < n - i; ++byte) word |= static_cast<uint64_t>(bits[byte]) << 8 * byte;
-  step(i, word & ((uint64_t{1} << (n - i)) - 1));
+  step(i, load_word(bits, (n - i + 7) / 8) & ((uint64_t{1} << (n - i)) - 1));
 }
 
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
@@ -151,7 +149,7 @@ LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* b
   if (i == n) return static_cast<int>(total);
   // What lies past n goes to the ends of both sides, where nobody looks.
   const uint64_t before = static_cast<uint64_t>(total), word = split(i) & ((uint64_t{1} << (n - i)) - 1);
-  for (int byte = 0; 8 * byte < n - i; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(word >> 8 * byte);
+  store_word(bits + i / 8, word, (n - i + 7) / 8);
   return static_cast<int>(before) + __builtin_popcountll(word);
 }
 

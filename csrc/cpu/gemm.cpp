@@ -32,6 +32,9 @@ constexpr int kPanelMultiple = 4;
 // end: from so many rows a tile on, below that panels.
 constexpr int kLeastRowsShared = 256;
 
+// Whether the weights leave half of the second-level cache to all else.
+bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
+
 // Rows of a tile: what fits the share of the cache, dealt evenly.
 int rows_of_tile(const Activations& plan, const PackedWeight& weight, int m, int threads) {
   const int multiple = plan.in_tiles() ? 2 * plan.integers.out.tile_rows : kRowMultiple;

@@ -25,7 +25,6 @@ void write_large_output(const GemmArgs& args, GemmTile& tile) {
   const int steps = weight.bits == 8 ? divide_up(weight.k, kTileStep) : weight.group_steps();
   const int64_t bytes = int64_t(weight.panels()) * steps * kPanel * kTileStep;
   tile.write_rows = steps <= (weight.bits == 8 ? kWholeSteps : kUnpackedSteps) && bytes <= l2_bytes() / 2;
-  if (tile.write_rows && weight.bits == 4) tile.unpacked_steps = steps;
   const uintptr_t line_offset = (reinterpret_cast<uintptr_t>(args.y) | uintptr_t(weight.n) * sizeof(float)) % 64;
   tile.stream =
       !tile.write_rows && y_bytes >= kStreamCaches * l2_bytes() && args.y_dtype == Dtype::f32 && line_offset == 0;
@@ -61,8 +60,6 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 }
 
 }  // namespace
-
-bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
 
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;

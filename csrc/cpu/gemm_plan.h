@@ -21,9 +21,6 @@ struct Activations {
   bool in_tiles() const { return quantized && integers.out.layout == RowLayout::tiles; }
 };
 
-// Whether the weights leave half of the second-level cache to all else.
-bool fits_second_level(const PackedWeight& weight);
-
 // Lays the prepared activations of all rows out in one scratch buffer.
 Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch);
 

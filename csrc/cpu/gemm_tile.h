@@ -37,9 +37,9 @@ struct GemmTile {
   bool write_rows;
   // Tile registers: Y, which is made of whole cache lines of f32, is written past the caches.
   bool stream;
-  // 4 bit in tile registers, and write_rows: a panel's steps of 64 k (group_steps), all of which are unpacked in
-  // scratch. 0: block after block.
-  int unpacked_steps;
+
+  // write_rows and 4 bit: a panel's steps of 64 k, all of which are unpacked in scratch. 0: block after block.
+  int unpacked_steps() const { return write_rows && weight.bits == 4 ? weight.group_steps() : 0; }
 };
 
 // Steps of k, of two panels, whose int8 weights stay in the first-level cache (32 KiB) while sums need not come and go.
@@ -54,7 +54,7 @@ inline int64_t scratch_bytes(const GemmTile& tile) {
   if (tile.q.layout != RowLayout::tiles) return 0;
   const int64_t pairs = divide_up(tile.q.tiles_of(tile.rows), 2);
   return (2 * pairs + 1) * (2 * kTileRows * 2 * kPanel * 4) +
-         int64_t(tile.panel_end - tile.panel_begin) * tile.unpacked_steps * kPanel * kTileStep;
+         int64_t(tile.panel_end - tile.panel_begin) * tile.unpacked_steps() * kPanel * kTileStep;
 }
 
 using GemmTileFn = void(const GemmTile&);

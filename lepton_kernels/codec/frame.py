@@ -135,7 +135,7 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
     check = _CHECK.pack(xxhash.xxh3_64_intdigest(header + tables))
     start = header + check + tables
-    blob, memory = _new_bytes(len(start) + int(lengths.sum()))
+    blob, memory = new_bytes(len(start) + int(lengths.sum()))
     at = len(start)
     memory[:at] = np.frombuffer(start, dtype=np.uint8)
     for part in parts:
@@ -144,7 +144,7 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
     return blob
 
 
-def _new_bytes(size: int) -> tuple[bytes, np.ndarray]:
+def new_bytes(size: int) -> tuple[bytes, np.ndarray]:
     """New bytes and their memory, to be filled before anybody else sees them: no copy of what may be gigabytes."""
     blob, address = C.new_bytes(size)
     return blob, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -188,7 +188,7 @@ def parse(function: str, blob: Any) -> Frame:
 
 def _output(function: str, out: Any, size: int) -> tuple[Any, np.ndarray]:
     if out is None:
-        return _new_bytes(size)
+        return new_bytes(size)
     memory, _ = as_bytes(function, "out", out)
     if memory.size != size or not memory.flags.writeable:
         raise ValueError(

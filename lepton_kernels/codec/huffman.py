@@ -10,11 +10,11 @@ def encode(
 ) -> bytes:
     """The frame (docs/codec-format.md) of a bytes-like object, numpy array or torch tensor, read as bytes.
 
-    layout: "bytes", for packed 4-bit values too; "nibbles" codes the halves of bytes apart, which only tiny data is
-    smaller by; "bf16", "fp16", "fp32" code the exponents apart from the mantissas; "auto" picks by dtype, else bytes.
-    chunk_size: bytes a chunk, a multiple of 4096; smaller chunks are
-    finer random access and a little larger. threads: None for as many as torch uses. Data that would shrink by less
-    than 3 % is stored as it is: the output is never larger than the input by more than 1 % and 64 bytes.
+    layout: "bytes", for packed 4-bit values too; "nibbles" codes the halves of bytes apart; "bf16", "fp16", "fp32" code
+    the exponents apart from the mantissas; "auto" picks by dtype, else bytes. chunk_size: bytes a chunk, a multiple of
+    4096; smaller chunks are finer random access and a little larger. threads: None for as many as torch uses. Data that
+    would shrink by less than 3 % is stored as it is: the output is never larger than the input by more than 1 % and 64
+    bytes.
     Raises ValueError or TypeError for arguments that fit nothing.
     """
     return frame.encode("huffman", data, layout, threads, chunk_size)

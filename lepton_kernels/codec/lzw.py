@@ -62,8 +62,8 @@ def decode(
     source, _ = frame.as_bytes("codec.lzw.decode", "blob", blob)
     size, problem = C.lzw_stream_size(number, source.ctypes.data, source.size, max_size)
     if problem is None:
-        text = np.empty(size, dtype=np.uint8)
-        problem = C.lzw_stream_decode(number, source.ctypes.data, source.size, text.ctypes.data, size)
+        text, memory = frame.new_bytes(size)
+        problem = C.lzw_stream_decode(number, source.ctypes.data, source.size, memory.ctypes.data, size)
     if problem is not None:
         raise frame.CorruptDataError(f"codec.lzw.decode: {problem}")
-    return text.tobytes()
+    return text

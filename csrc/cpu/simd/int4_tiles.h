@@ -260,9 +260,9 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
     }
     ended = {panel, pair, block.first_group, ended_groups};
   };
-  if (tile.unpacked_steps > 0) {
+  if (const int unpacked_steps = tile.unpacked_steps(); unpacked_steps > 0) {
     uint8_t* const unpacked = reinterpret_cast<uint8_t*>(y_sums + int64_t(pairs) * kTilePairSums);
-    const int64_t panel_stride = int64_t(tile.unpacked_steps) * kTileBytes;
+    const int64_t panel_stride = int64_t(unpacked_steps) * kTileBytes;
     const auto of_panel = [&](int panel) { return unpacked + (panel - panel_begin) * panel_stride; };
     int group = 0, step = 0;
     const Block block = next_block(weight, group, step);
