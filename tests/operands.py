@@ -2,21 +2,32 @@
 
 import torch
 
+import lepton_kernels as lk
 from lepton_kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+BF16_LEAST_ROWS = 48  # kBf16LeastRows in csrc/cpu/gemm_plan.cpp
+
+
+def multiplies_bf16(m: int, bits: int) -> bool:
+    """Whether the CPU multiplies float activations and weights as bf16."""
+    return lk.backends()["isa"] == "amx" and bits == 4 and m >= BF16_LEAST_ROWS
+
+
+def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, bits: int = 8) -> torch.Tensor:
     """How far a product of float activations may be off.
 
-    k roundings of the sum of magnitudes, one of the output's type, half a step of 16-bit activations (quantize_rows.h).
+    k roundings of the sum of magnitudes, one of the output's type, half a step of 16-bit activations (quantize_rows.h),
+    or half a unit of bf16 activations and 0.72 units of bf16 weights (bf16_tiles.h).
     """
+    bf16 = 1.22 * 2.0**-7 if multiplies_bf16(x.shape[0], bits) else 0
     x = x.float()
     magnitude = x.abs() @ weight.abs().T + 1
     step = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 65535
     rounding = 0.501 * step[:, None] * weight.abs().sum(1)
-    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps) + rounding
+    return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps + bf16) + rounding
 
 
 def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator):

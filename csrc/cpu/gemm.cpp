@@ -28,6 +28,11 @@ constexpr int kRowMultiple = 12;
 // A panel group of a tile holds a multiple of this many panels, the most that a kernel takes side by side.
 constexpr int kPanelMultiple = 4;
 
+// What a sum that leaves and comes back between parts of k costs, in bytes of weights read: it is 4 bytes each way, and
+// nothing fetches it ahead.
+constexpr int kSumCost = 16;
+constexpr int kMostParts = 16;
+
 // With weights that stay in the second-level cache threads share out rows, so that each writes rows of Y from end to
 // end: from so many rows a tile on, below that panels.
 constexpr int kLeastRowsShared = 256;
@@ -35,17 +40,35 @@ constexpr int kLeastRowsShared = 256;
 // Whether the weights leave half of the second-level cache to all else.
 bool fits_second_level(const PackedWeight& weight) { return weight.panels() * weight.panel_bytes() <= l2_bytes() / 2; }
 
-// Rows of a tile: what fits the share of the cache, dealt evenly.
-int rows_of_tile(const Activations& plan, const PackedWeight& weight, int m, int threads) {
+// How a product is cut along m, and k within a tile.
+struct RowTiles {
+  int rows;     // of a tile
+  int k_parts;  // all panels pass by with one part of k after the other; sums wait in memory between them
+};
+
+// Rows of a tile: those whose part of k fits the share of the cache, dealt evenly.
+RowTiles row_tiles_of(const Activations& plan, const PackedWeight& weight, int m, int threads) {
   const int multiple = plan.in_tiles() ? 2 * plan.integers.out.tile_rows : kRowMultiple;
   const int64_t bytes = plan.in_tiles()  ? l2_bytes() / kTileCacheShare
                         : plan.quantized ? l2_bytes() / kVectorCacheShare
                                          : kFloatActivationBytes;
-  int64_t fit = std::max<int64_t>(bytes / plan.row_bytes() / multiple * multiple, multiple);
   const int share = divide_up(m, threads * kTilesPerThread);
-  if (threads > 1 && share >= kLeastRowsShared && fits_second_level(weight)) fit = std::min<int64_t>(fit, share);
-  const int tiles = int((m + fit - 1) / fit);
-  return std::min(m, round_up(divide_up(m, tiles), multiple));
+  const auto rows_with = [&](int k_parts) {
+    int64_t fit = std::max<int64_t>(bytes * k_parts / plan.row_bytes() / multiple * multiple, multiple);
+    if (threads > 1 && share >= kLeastRowsShared && fits_second_level(weight)) fit = std::min<int64_t>(fit, share);
+    const int tiles = int((m + fit - 1) / fit);
+    return std::min(m, round_up(divide_up(m, tiles), multiple));
+  };
+  // Of a column, in bytes from beyond the second-level cache: its weights once for every tile of rows (a byte each,
+  // read or unpacked), and its sums between parts.
+  const auto cost = [&](int k_parts) {
+    return int64_t(divide_up(m, rows_with(k_parts))) * weight.k + int64_t(k_parts - 1) * m * kSumCost;
+  };
+  int best = 1;
+  if (plan.in_tiles() && (weight.bits == 8 || plan.integers.out.layout == RowLayout::bf16_tiles))
+    for (int k_parts = 2; k_parts <= kMostParts; ++k_parts)
+      if (cost(k_parts) < cost(best)) best = k_parts;
+  return {rows_with(best), best};
 }
 
 }  // namespace
@@ -58,8 +81,10 @@ void gemm(const GemmArgs& args) {
 
   advise_huge_pages(args.y, int64_t(m) * args.weight.n * dtype_bytes(args.y_dtype));
   thread_local Scratch scratch;
-  const Activations plan = plan_activations(args, isa, scratch);
-  const int row_block = rows_of_tile(plan, args.weight, m, threads), row_tiles = divide_up(m, row_block);
+  Activations plan = plan_activations(args, m, isa, scratch);
+  const auto [row_block, k_parts] = row_tiles_of(plan, args.weight, m, threads);
+  plan.k_parts = k_parts;
+  const int row_tiles = divide_up(m, row_block);
 
   const int prepare_threads = int64_t(m) * k < kParallelWork / 4 ? 1 : threads;
   const int prepare_rows_each = divide_up(m, std::min(m, prepare_threads * kTilesPerThread));

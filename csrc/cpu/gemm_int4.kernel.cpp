@@ -7,6 +7,7 @@
 // with sum[c] = scale[c, 0] * (sum of group 0's weights) + ...; of two planes s_g = float(high) * 256 + float(low).
 #include "cpu/simd/panels.h"
 #if defined(LEPTON_ISA_AMX)
+#include "cpu/simd/bf16_tiles.h"
 #include "cpu/simd/int4_tiles.h"
 #elif defined(__AVX512VNNI__)
 #include "cpu/simd/int4_unpacked.h"
@@ -93,6 +94,9 @@ LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel_begi
 void gemm_int4_tile(const GemmTile& tile) {
 #if defined(__AVX512VNNI__) && !defined(LEPTON_ISA_AMX)
   if (multiply_many_rows(tile)) return;
+#endif
+#if defined(LEPTON_ISA_AMX)
+  if (tile.q.layout == RowLayout::bf16_tiles) return multiply_tiles<GemmBf16, 1>(tile);
 #endif
   multiply_tile<GemmInt4>(tile);
 }

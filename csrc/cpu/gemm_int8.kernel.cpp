@@ -8,6 +8,9 @@
 // memory between blocks of k.
 #include "cpu/simd/epilogue.h"
 #include "cpu/simd/panels.h"
+#if defined(LEPTON_ISA_AMX)
+#include "cpu/simd/tile_blocks.h"
+#endif
 
 namespace lepton::LEPTON_ISA {
 namespace {
@@ -65,63 +68,37 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
 }
 
 #if defined(LEPTON_ISA_AMX)
-// Steps of k whose weights, of two panels, stay in the first-level cache (26 KiB) while all rows of the tile pass by
-// and sums come and go.
+// Steps of k whose weights, of two panels, stay in the first-level cache (26 KiB) while sums come and go.
 constexpr int kStepBlock = 13;
+
+// int8 panels are multiplied as they are stored.
+struct Int8Weights {
+  static constexpr TileDot kDot = TileDot::u8;
+  static constexpr int kLines = kTileLines;
+  const PackedWeight& weight;
+
+  int steps() const { return divide_up(weight.k, kTileStep); }
+  int block_steps(bool once) const {
+    return once || steps() <= kWholeSteps ? steps() : even_block(steps(), kStepBlock);
+  }
+  const uint8_t* stored(int panel, int step) const { return weight.panel(panel) + int64_t(step) * kTileBytes; }
+  int64_t stored_stride() const { return weight.panel_bytes(); }
+  template <int panels>
+  const uint8_t* block(int panel, int step, int) const {
+    return stored(panel, step);
+  }
+  int64_t panel_stride() const { return stored_stride(); }
+  const uint8_t* whole(int panel) const { return stored(panel, 0); }
+  template <int planes>
+  LEPTON_INLINE void write(const GemmTile& tile, int row, int rows, int panel, const int32_t* sums,
+                           int plane_step) const {
+    write_output<planes>(tile, row, rows, panel, sums, kPanel, plane_step);
+  }
+};
 
 template <int planes, int panels>
 LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
-  const int64_t panel_bytes = tile.weight.panel_bytes(), tile_stride = tile.q.tile_stride();
-  const int row_tiles = tile.q.tiles_of(tile.rows), pairs = divide_up(row_tiles, 2);
-  const bool once = pairs == 1;  // weights are used once: a stream that the hardware fetches ahead best when left alone
-  const int steps = divide_up(tile.weight.k, kTileStep);
-  const int blocks = once || steps <= kWholeSteps ? 1 : divide_up(steps, kStepBlock);
-  const int step_block = divide_up(steps, blocks);
-  int32_t* const last_sums = static_cast<int32_t*>(tile.scratch);
-  int32_t* const kept_sums = last_sums + kTilePairSums;
-  struct {
-    int32_t* sums;
-    int panel, pair;
-    bool last;
-  } previous{};  // the product whose sums are still in the tiles
-  const auto write_previous = [&] {
-    if (!previous.last) return;
-    for_tiles_of_pair<planes, panels>(
-        tile, previous.pair, [&](int row, int rows, int p, int place) LEPTON_LAMBDA_INLINE {
-          write_output<planes>(tile, row, rows, previous.panel + p, last_sums + place, kPanel, panels * kTileSums);
-        });
-  };
-  const auto multiply_pair = [&](int panel, int pair, int step, int count, const TilePrefetch& prefetch) {
-    const bool last = step + count == steps;
-    const uint8_t* a = tile.q.q + 2 * pair * tile_stride + int64_t(step) * tile.q.step_bytes();
-    const uint8_t* w = tile.weight.panel(panel) + int64_t(step) * kTileBytes;
-    int32_t* const kept = kept_sums + int64_t(pair) * kTilePairSums;
-    const int32_t* const before = step == 0 ? nullptr : kept;
-    if (2 * pair + 1 < row_tiles)
-      tile_multiply<false, 2, panels>(a, tile.q, w, panel_bytes, count, before, previous.sums, prefetch);
-    else
-      tile_multiply<false, 1, panels>(a, tile.q, w, panel_bytes, count, before, previous.sums, prefetch);
-    write_previous();
-    previous = {last ? last_sums : kept, panel, pair, last};
-  };
-  if (tile.write_rows) {
-    for (int pair = 0; pair < pairs; ++pair)
-      for (int panel = panel_begin; panel < panel_end; panel += panels) multiply_pair(panel, pair, 0, steps, {});
-  } else {
-    for (int panel = panel_begin; panel < panel_end; panel += panels) {
-      for (int step = 0; step < steps; step += step_block) {
-        const int count = steps - step < step_block ? steps - step : step_block, next = step + count;
-        // Of this panel the next block, or the first one of those that come after it.
-        const uint8_t* const wanted =
-            next < steps ? tile.weight.panel(panel) + int64_t(next) * kTileBytes : tile.weight.panel(panel + panels);
-        TilePrefetch prefetch{wanted, panel_bytes, once ? 0 : divide_up(kTileLines, pairs)};
-        for (int pair = 0; pair < pairs; ++pair, prefetch.next += int64_t(count) * prefetch.lines * 64)
-          multiply_pair(panel, pair, step, count, prefetch);
-      }
-    }
-  }
-  tile_store_sums<2, panels>(previous.sums);
-  write_previous();
+  multiply_blocks<planes, panels>(tile, Int8Weights{tile.weight}, panel_begin, panel_end);
 }
 #endif
 

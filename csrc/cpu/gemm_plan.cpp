@@ -8,6 +8,9 @@ namespace {
 
 // Rows, of all planes, from which tile registers are faster than vectors.
 constexpr int kTileLeastRows = 5;
+// Rows from which w4a16 in tile registers multiplies bf16 weights, whose scales are in them, and not groups of two
+// planes of integers. Unpacking such weights takes as long as 16 rows of products.
+constexpr int kBf16LeastRows = 48;
 // Second-level caches that Y must fill to be streamed past them: what reads a smaller one next finds enough of it
 // there.
 constexpr int64_t kStreamCaches = 2;
@@ -22,9 +25,10 @@ void write_large_output(const GemmArgs& args, GemmTile& tile) {
   const PackedWeight& weight = args.weight;
   const int64_t y_bytes = int64_t(args.m) * weight.n * dtype_bytes(args.y_dtype);
   if (y_bytes <= l2_bytes()) return;
-  const int steps = weight.bits == 8 ? divide_up(weight.k, kTileStep) : weight.group_steps();
+  const bool grouped = weight.bits == 4 && tile.q.layout == RowLayout::tiles;
+  const int steps = grouped ? weight.group_steps() : divide_up(weight.k, tile.q.step_k());
   const int64_t bytes = int64_t(weight.panels()) * steps * kPanel * kTileStep;
-  tile.write_rows = steps <= (weight.bits == 8 ? kWholeSteps : kUnpackedSteps) && bytes <= l2_bytes() / 2;
+  tile.write_rows = steps <= (grouped ? kUnpackedSteps : kWholeSteps) && bytes <= l2_bytes() / 2;
   const uintptr_t line_offset = (reinterpret_cast<uintptr_t>(args.y) | uintptr_t(weight.n) * sizeof(float)) % 64;
   tile.stream =
       !tile.write_rows && y_bytes >= kStreamCaches * l2_bytes() && args.y_dtype == Dtype::f32 && line_offset == 0;
@@ -50,6 +54,7 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.y_dtype);
   tile.y_dtype = args.y_dtype;
   tile.y_stride = args.weight.n;
+  tile.k_parts = plan.k_parts;
   if (plan.in_tiles()) write_large_output(args, tile);
   return tile;
 }
@@ -61,7 +66,7 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 
 }  // namespace
 
-Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
+Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;
   Activations plan{};
   plan.quantized = args.quantize_activations || splits_activations(isa);
@@ -75,7 +80,12 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   QuantizedRows rows{};
   rows.planes = args.quantize_activations ? 1 : 2;
   rows.biased = args.weight.bits == 4 || signed_quads(isa);
-  if (isa == Isa::amx && m * rows.planes >= kTileLeastRows) {
+  const bool many = isa == Isa::amx && product_rows >= kBf16LeastRows;
+  if (many && !args.quantize_activations && args.weight.bits == 4) {
+    rows.layout = RowLayout::bf16_tiles;
+    rows.planes = 1;
+    rows.tile_rows = even_tile_rows(m);
+  } else if (isa == Isa::amx && m * rows.planes >= kTileLeastRows) {
     rows.layout = RowLayout::tiles;
     rows.tile_rows = even_tile_rows(m);
   } else {
@@ -83,10 +93,10 @@ Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch) {
   }
   const int quad = rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
   rows.stride =
-      rows.layout == RowLayout::tiles ? round_up(k, kTileStep) : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
-  const bool sums = args.weight.bits == 4 && rows.layout != RowLayout::tiles;
+      rows.in_tiles() ? divide_up(k, rows.step_k()) * kTileStep : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
+  const bool sums = args.weight.bits == 4 && !rows.in_tiles();
   // The last tile is loaded whole; what is computed of its rows past m is not used.
-  const int padded = rows.layout == RowLayout::tiles ? round_up(m, rows.tile_rows) : m;
+  const int padded = rows.in_tiles() ? round_up(m, rows.tile_rows) : m;
   const size_t plane_rows = size_t(round_up(padded * rows.planes, 16));  // 16: what lies behind it stays aligned
   const size_t q_bytes = plane_rows * size_t(rows.stride), i32_bytes = plane_rows * 4;
   char* memory = static_cast<char*>(scratch.get(q_bytes + i32_bytes * (2 + (sums ? size_t(args.weight.groups()) : 0))));
@@ -119,6 +129,7 @@ void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int r
   thread_local Scratch scratch;
   tile.scratch = scratch.get(size_t(scratch_bytes(tile)));
   tile_kernel(plan, args.weight.bits, isa)(tile);
+  scratch.trim();
 }
 
 }  // namespace lepton

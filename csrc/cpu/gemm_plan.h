@@ -9,7 +9,8 @@
 
 namespace lepton {
 
-// Activations of a product: integers, or floats where the level has no fast integer products for them.
+// Activations of a product: integers (or bf16 in tile registers), or floats where the level has no fast integer
+// products for them.
 struct Activations {
   bool quantized;
   QuantizeRowsArgs integers{};
@@ -18,11 +19,14 @@ struct Activations {
   int64_t row_bytes() const {
     return quantized ? integers.out.planes * integers.out.stride : floats.out_stride * int64_t(sizeof(float));
   }
-  bool in_tiles() const { return quantized && integers.out.layout == RowLayout::tiles; }
+  int k_parts = 1;  // of GemmTile
+
+  bool in_tiles() const { return quantized && integers.out.in_tiles(); }
 };
 
-// Lays the prepared activations of all rows out in one scratch buffer.
-Activations plan_activations(const GemmArgs& args, Isa isa, Scratch& scratch);
+// Lays the prepared activations of all rows out in one scratch buffer. They are part of a product of product_rows,
+// which choose the kind of numbers: the same for all parts.
+Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Scratch& scratch);
 
 // Prepares rows [row_begin, row_end). Threads may share a block of 16 rows of the layout tiles: each writes its own
 // bytes.

@@ -33,13 +33,18 @@ struct GemmTile {
   void* y;  // [rows, n], rows y_stride elements apart
   Dtype y_dtype;
   int64_t y_stride;
+  // Tile registers, sums over all of k: all panels pass by with one part of k after the other.
+  int k_parts;
   // Tile registers: rows of Y are written from end to end, all panels for one pair of row tiles after the other.
   bool write_rows;
   // Tile registers: Y, which is made of whole cache lines of f32, is written past the caches.
   bool stream;
 
-  // write_rows and 4 bit: a panel's steps of 64 k, all of which are unpacked in scratch. 0: block after block.
-  int unpacked_steps() const { return write_rows && weight.bits == 4 ? weight.group_steps() : 0; }
+  // write_rows and 4 bit: a panel's steps of k, all of which are unpacked in scratch. 0: block after block.
+  int unpacked_steps() const {
+    if (!write_rows || weight.bits == 8) return 0;
+    return q.layout == RowLayout::bf16_tiles ? divide_up(weight.k, q.step_k()) : weight.group_steps();
+  }
 };
 
 // Steps of k, of two panels, whose int8 weights stay in the first-level cache (32 KiB) while sums need not come and go.
@@ -47,14 +52,19 @@ constexpr int kWholeSteps = 16;
 // Steps of k, of two panels of 4-bit weights, that are unpacked at a time: 16 KiB, which stay in the first-level cache.
 constexpr int kUnpackedSteps = 8;
 
-// Bytes that the kernels want between blocks of k. Floats: the sums of a panel. Tile registers: for each pair of tiles
-// the sums of two panels, twice, and once more for one pair; then unpacked_steps of all panels.
-inline int64_t scratch_bytes(const GemmTile& tile) {
+// Bytes of sums that the kernels keep between blocks of k. Floats: of a panel. Tile registers: of two panels, for each
+// pair of tiles twice and once more; between parts of k of all panels, for each pair of tiles.
+inline int64_t sum_bytes(const GemmTile& tile) {
   if (tile.x) return tile.rows * (kPanel * 4);
-  if (tile.q.layout != RowLayout::tiles) return 0;
+  if (!tile.q.in_tiles()) return 0;
   const int64_t pairs = divide_up(tile.q.tiles_of(tile.rows), 2);
-  return (2 * pairs + 1) * (2 * kTileRows * 2 * kPanel * 4) +
-         int64_t(tile.panel_end - tile.panel_begin) * tile.unpacked_steps() * kPanel * kTileStep;
+  const int64_t kept = tile.k_parts > 1 ? divide_up(tile.panel_end - tile.panel_begin, 2) : 2;
+  return (pairs * kept + 1) * (2 * kTileRows * 2 * kPanel * 4);
+}
+
+// The sums, and behind them unpacked_steps of all panels.
+inline int64_t scratch_bytes(const GemmTile& tile) {
+  return sum_bytes(tile) + int64_t(tile.panel_end - tile.panel_begin) * tile.unpacked_steps() * kPanel * kTileStep;
 }
 
 using GemmTileFn = void(const GemmTile&);

@@ -56,7 +56,7 @@ void one_block(const LinearBlockArgs& args, Isa isa, int row0, int rows) {
   const void* x = static_cast<const char*>(args.x) + row0 * args.x_stride * dtype_bytes(args.dtype);
   for (int i = 0; i < args.layer_count; ++i) {
     const GemmArgs layer = layer_args(args, i, x, rows, h);
-    const Activations plan = plan_activations(layer, isa, prepared);
+    const Activations plan = plan_activations(layer, args.m, isa, prepared);
     prepare_rows(plan, isa, 0, rows);
     multiply_tile(plan, layer, isa, 0, rows, 0, layer.weight.panels());
     x = h;

@@ -20,6 +20,7 @@ namespace lepton {
 
 constexpr int kPanel = 16;        // columns in a panel
 constexpr int kQuad = 4;          // consecutive k in one int32 lane
+constexpr int kNibbleVector = 8;  // k in 64 bytes of nibbles
 constexpr int kNibbleBlock = 16;  // consecutive k in two 64-byte vectors of nibbles; group sizes are multiples of it
 
 // 255 * 128 * k must stay below 2^31.

@@ -17,13 +17,14 @@
 namespace lepton {
 
 enum class RowLayout : int {
-  bytes,  // a row's uint8 in order
-  quads,  // the level's quads (simd.h): quad_bytes() for every four
-  tiles,  // what tile registers load, 64 k of h = tile_rows rows together: [rows / h][planes][stride / 64][h][64]
+  bytes,       // a row's uint8 in order
+  quads,       // the level's quads (simd.h): quad_bytes() for every four
+  tiles,       // what tile registers load, 64 k of h = tile_rows rows together: [rows / h][planes][stride / 64][h][64]
+  bf16_tiles,  // the same with 32 k of X rounded to bf16, without scale and zero: [rows / h][stride / 64][h][32]
 };
 
 constexpr int kTileRows = 16;  // of a tile register
-constexpr int kTileStep = 64;  // k in a row of a tile
+constexpr int kTileStep = 64;  // bytes, and k of 8 bits, in a row of a tile
 
 // Rows of a tile for products of m rows. One takes a cycle for each row of its tile, so m is dealt evenly to as few
 // tiles as hold it: 33 rows are three times 11, not 16, 16 and 1.
@@ -51,13 +52,15 @@ struct QuantizedRows {
   int32_t* zero;   // [rows, planes]
   int32_t* group_sum;  // [rows, planes, groups]: sums of a plane's bytes over each group of k, or null
 
+  bool in_tiles() const { return layout == RowLayout::tiles || layout == RowLayout::bf16_tiles; }
+  // k in a row of a tile (layouts tiles and bf16_tiles).
+  int step_k() const { return layout == RowLayout::bf16_tiles ? kTileStep / 2 : kTileStep; }
   uint8_t* row(int r, int plane) const {
-    if (layout == RowLayout::tiles)
-      return q + int64_t(r / tile_rows * planes + plane) * tile_stride() + r % tile_rows * kTileStep;
+    if (in_tiles()) return q + int64_t(r / tile_rows * planes + plane) * tile_stride() + r % tile_rows * kTileStep;
     return q + (int64_t(r) * planes + plane) * stride;
   }
   // Bytes from one block of 64 k of a row to the next (layouts bytes and tiles).
-  int step_bytes() const { return layout == RowLayout::tiles ? tile_rows * kTileStep : kTileStep; }
+  int step_bytes() const { return in_tiles() ? tile_rows * kTileStep : kTileStep; }
   // Bytes from a tile's rows to the next tile's, a plane's to the next plane's (layout tiles).
   int64_t tile_stride() const { return tile_rows * stride; }
   // Tiles of `rows` rows, of all planes.

@@ -165,9 +165,32 @@ void quantize(const QuantizeRowsArgs& args) {
   }
 }
 
+template <Dtype dtype>
+void to_bf16(const QuantizeRowsArgs& args) {
+  constexpr int kStep = kTileStep / 2;
+  for (int r = args.row_begin; r < args.row_end; ++r) {
+    const char* x = static_cast<const char*>(args.x) + r * args.x_stride * dtype_bytes(dtype);
+    uint8_t* out = args.out.row(r, 0);
+    for (int k = 0; k < args.k; k += kStep, out += args.out.step_bytes()) {
+      store_f32<Dtype::bf16>(out, load_padded<dtype>(x, k, args.k));
+      store_f32<Dtype::bf16>(out + kTileStep / 2, load_padded<dtype>(x, k + kLanes, args.k));
+    }
+  }
+}
+
 }  // namespace
 
 void quantize_rows(const QuantizeRowsArgs& args) {
+  if (args.out.layout == RowLayout::bf16_tiles) {
+    switch (args.dtype) {
+      case Dtype::f32:
+        return to_bf16<Dtype::f32>(args);
+      case Dtype::bf16:
+        return to_bf16<Dtype::bf16>(args);
+      case Dtype::f16:
+        return to_bf16<Dtype::f16>(args);
+    }
+  }
   const bool quads = args.out.layout == RowLayout::quads;
   if (args.out.planes == 1) return quads ? quantize<1, true>(args) : quantize<1, false>(args);
   if constexpr (splits_activations(Isa::LEPTON_ISA)) return quads ? quantize<2, true>(args) : quantize<2, false>(args);

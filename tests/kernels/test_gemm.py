@@ -14,7 +14,7 @@ from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import FLOAT_ISAS, ISAS
-from operands import DTYPES, float_bound, make_int4, make_int8
+from operands import BF16_LEAST_ROWS, DTYPES, float_bound, make_int4, make_int8
 from shapes import GEMM
 
 
@@ -49,7 +49,7 @@ def test_gemm_int4_w4a8_is_exact_and_w4a16_close(m, n, k, symmetric, group_size,
         got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, False).float()
         want = reference.gemm_int4(x, weight, scale, zero, bias, group_size, False).float()
         dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
-        assert ((got - want).abs() <= float_bound(x, dense, dtype)).all()
+        assert ((got - want).abs() <= float_bound(x, dense, dtype, 4)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,13 +221,28 @@ def test_activation_functions_keep_nan_and_infinity():
 
 def test_16_bit_activations_are_the_same_bits_on_every_level_that_multiplies_integers(run_python):
     program = LEVELS_PROGRAM.replace(", True)", ", False)").replace(", True, activation", ", False, activation")
+    program = program.replace("(70, 100", f"({BF16_LEAST_ROWS - 1}, 100")  # from there on level amx multiplies bf16
     lines = [line.split() for isa in ISAS for line in run_python(program, LEPTON_MAX_ISA=isa).splitlines()]
     assert len(lines) == 2 * len(ISAS)
     assert len({digest for isa, digest in lines if isa not in FLOAT_ISAS}) <= 1, lines
 
 
+@pytest.mark.parametrize("rows", [BF16_LEAST_ROWS, 200, 5000])
+def test_bf16_products_of_weights_that_bf16_holds(rows, rng):
+    """Powers of two as scales: then only what x loses is lost, and a row is the same beside any other rows."""
+    n, k, group_size = 300, 530, 48
+    x, weight, scale, zero, bias = make_int4(rows, n, k, group_size, False, torch.bfloat16, rng)
+    scale = 2.0 ** torch.randint(-9, 3, scale.shape, generator=rng).float()
+    got = cpu.gemm_int4(x.float(), weight, scale, zero, bias, group_size, False)
+    want = reference.gemm_int4(x.float(), weight, scale, zero, bias, group_size, False)
+    dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
+    assert ((got - want).abs() <= float_bound(x.float(), dense, torch.float32)).all()
+    part = cpu.gemm_int4(x[-BF16_LEAST_ROWS:].float(), weight, scale, zero, bias, group_size, False)
+    assert torch.equal(part, got[-BF16_LEAST_ROWS:])
+
+
 @pytest.mark.parametrize("group_size", [48, 80, 112])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 100), (9, 17, 200), (40, 70, 1000)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 100), (9, 17, 200), (40, 70, 1000), (90, 70, 1000)])
 def test_groups_that_do_not_divide_a_step_of_64(m, n, k, group_size, rng):
     for symmetric in (True, False):
         x, weight, scale, zero, bias = make_int4(m, n, k, group_size, symmetric, torch.float32, rng)
@@ -236,7 +251,7 @@ def test_groups_that_do_not_divide_a_step_of_64(m, n, k, group_size, rng):
         got = cpu.gemm_int4(x, weight, scale, zero, bias, group_size, False)
         want = reference.gemm_int4(x, weight, scale, zero, bias, group_size, False)
         dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
-        assert ((got - want).abs() <= float_bound(x, dense, torch.float32)).all()
+        assert ((got - want).abs() <= float_bound(x, dense, torch.float32, 4)).all()
 
 
 @pytest.mark.parametrize("quantize_activations", [True, False])
@@ -260,7 +275,7 @@ def test_the_largest_k_does_not_overflow(m, quantize_activations):
 
 
 def test_nan_and_infinity_with_16_bit_activations(rng):
-    for m in (3, 20):
+    for m in (3, 20, 60):
         x, weight, scale, bias = make_int8(m, 20, 50, torch.float32, rng)
         x[0, 49], x[2, 17] = torch.nan, -torch.inf
         got = cpu.gemm_int8(x, weight, scale, bias, False)
@@ -268,6 +283,28 @@ def test_nan_and_infinity_with_16_bit_activations(rng):
         values = reference.pack_int4(weight.clamp(-8, 7))
         got = cpu.gemm_int4(x, values, scale.to(torch.bfloat16), None, bias, -1, False)
         assert (~got.isfinite()).any(1).tolist() == [row in (0, 2) for row in range(m)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("quantize_activations", [True, False])
+def test_long_k_with_many_rows(threads, quantize_activations, rng):
+    """Parts of k with all panels, in tile registers."""
+    m, n, k = 700, 83, 16384
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight, scale, bias = make_int8(m, n, k, torch.float32, rng)
+        got = cpu.gemm_int8(x, weight, scale, bias, quantize_activations)
+        want = reference.gemm_int8(x, weight, scale, bias, quantize_activations)
+        bound = float_bound(x, reference.dequantize_int8(weight, scale), torch.float32)
+        assert torch.equal(got, want) if quantize_activations else ((got - want).abs() <= bound).all()
+        x, weight, scale, zero, bias = make_int4(m, n, k, 128, False, torch.float32, rng)
+        got = cpu.gemm_int4(x, weight, scale, zero, bias, 128, quantize_activations)
+        want = reference.gemm_int4(x, weight, scale, zero, bias, 128, quantize_activations)
+        bound = float_bound(x, reference.dequantize_int4(weight, scale, zero, k, 128), torch.float32, 4)
+        assert torch.equal(got, want) if quantize_activations else ((got - want).abs() <= bound).all()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_call_without_enough_memory_raises_and_the_next_one_works(run_python):

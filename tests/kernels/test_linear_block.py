@@ -12,7 +12,7 @@ from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import FLOAT_ISAS, ISAS
-from operands import DTYPES, make_int4, make_int8
+from operands import DTYPES, make_int4, make_int8, multiplies_bf16
 
 SCHEMES = ["w8a8", "w8a16", "w4a8", "w4a16"]
 ROWS = [1, 5, 33, 130, 300]  # below and above what gives every thread 16 rows; blocks of 16, of 32, and rests of them
@@ -90,7 +90,8 @@ def check(m: int, sizes: tuple[int, ...], scheme: str, dtype: torch.dtype, rng: 
     assert ((got.float() - want.float()).abs() <= bound).all(), what
     # Behind an activation of torch's own some values of the second layer fall to the other side of a boundary.
     want = composed(x, layers, residual, norm, by_reference=True).float()
-    assert (got.float() - want).norm() <= (2e-3 + torch.finfo(dtype).eps) * want.norm(), what
+    bf16 = 1e-2 if scheme == "w4a16" and multiplies_bf16(m, 4) else 0
+    assert (got.float() - want).norm() <= (2e-3 + torch.finfo(dtype).eps + bf16) * want.norm(), what
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -153,7 +154,8 @@ for threads in (1, 2):
     for quantize in (True, False):
         digest = hashlib.sha256()
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for m, k, n, n2 in ((1, 64, 130, 33), (5, 31, 75, 31), (70, 300, 131, 77)):
+            many = 70 if quantize else 47  # from there on level amx multiplies bf16
+            for m, k, n, n2 in ((1, 64, 130, 33), (5, 31, 75, 31), (many, 300, 131, 77)):
                 x = torch.randn(m, k, generator=rng.manual_seed(m)).to(dtype)
                 residual = torch.randn(m, n2, generator=rng).to(dtype)
                 norm = cpu.Norm(torch.randn(n2, generator=rng), torch.randn(n2, generator=rng), 1e-12)

@@ -48,13 +48,17 @@ template <int tile>
 LEPTON_INLINE void tile_store(void* p) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t(kTileStep)), "i"(tile) : "memory");
 }
-// sum[16][16] i32 += a s8 or u8 [16][64] . w s8 [16][16][4]
-template <bool signed_a, int sum, int a, int w>
+enum class TileDot { u8, s8, bf16 };  // the activations
+
+// sum[16][16] i32 += a s8 or u8 [16][64] . w s8 [16][16][4], or f32 += a bf16 [16][32] . w bf16 [16][16][2]
+template <TileDot dot, int sum, int a, int w>
 LEPTON_INLINE void tile_dot() {
-  if constexpr (signed_a)
+  if constexpr (dot == TileDot::s8)
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
-  else
+  else if constexpr (dot == TileDot::u8)
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
+  else
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(w));
 }
 
 // Calls body.operator()<row_tile, panel, sum>() for a block of sums, `sum` the tile register.
@@ -97,7 +101,7 @@ LEPTON_INLINE void tile_store_sums(int32_t* sums) {
 //
 // The sums stay in the tiles. A store must wait for its tile's products, and would hold up the next product's: so that
 // one stores them, tile by tile in its first step, to `finished` (null: they are not needed).
-template <bool signed_a, int row_tiles, int panels>
+template <TileDot kind, int row_tiles, int panels>
 LEPTON_INLINE void tile_multiply(const uint8_t* a, const QuantizedRows& q, const uint8_t* w, int64_t w_stride,
                                  int steps, const int32_t* before, int32_t* finished, TilePrefetch prefetch) {
   const int64_t a_stride = q.tile_stride();
@@ -105,7 +109,7 @@ LEPTON_INLINE void tile_multiply(const uint8_t* a, const QuantizedRows& q, const
   const auto dot = [&]<int row_tile, int panel>(bool first) LEPTON_LAMBDA_INLINE {
     constexpr int sum = row_tile * kTilePanels + panel, place = (row_tile * panels + panel) * kTileSums;
     if (first) tile_exchange<sum>(finished ? finished + place : nullptr, before ? before + place : nullptr);
-    if constexpr (row_tile < row_tiles) tile_dot<signed_a, sum, 4 + row_tile, 6 + panel>();
+    if constexpr (row_tile < row_tiles) tile_dot<kind, sum, 4 + row_tile, 6 + panel>();
   };
   const auto step = [&](bool first) LEPTON_LAMBDA_INLINE {
     tile_load_once<4>(a);

@@ -8,8 +8,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kNibbleVector = 2 * kQuad;  // k in 64 bytes of nibbles
-
 // What a panel's zero points differ from 8, byte by byte; not used where the weight is symmetric.
 LEPTON_INLINE __m512i zeros_less_eight(const PackedWeight& weight, int panel, int group) {
   const __m512i zero = _mm512_mullo_epi32(load_zeros(weight, panel, group).v, _mm512_set1_epi32(0x01010101));
@@ -124,8 +122,9 @@ void multiply_one_pair(const GemmTile& tile, int panel_begin, int panel_end) {
         tile_load<4>(a);
         if constexpr (row_tiles == 2) tile_load<5>(a + tile_stride);
         unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { tile_load<6 + p>(unpacked[place][p]); });
-        for_sum_tiles<row_tiles, panels>([&]<int row_tile, int p, int sum>()
-                                             LEPTON_LAMBDA_INLINE { tile_dot<true, sum, 4 + row_tile, 6 + p>(); });
+        for_sum_tiles<row_tiles, panels>([&]<int row_tile, int p, int sum>() LEPTON_LAMBDA_INLINE {
+          tile_dot<TileDot::s8, sum, 4 + row_tile, 6 + p>();
+        });
         unpacker.unpack_step(unpacked, (place + kAhead) % kSteps);
       }
       tile_store_sums<row_tiles, panels>(sums);
@@ -251,9 +250,9 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
       const uint8_t* w = unpacked + piece.place * kTileBytes;
       const int32_t* const before = piece.first ? nullptr : kept;
       if (2 * pair + 1 < row_tiles)
-        tile_multiply<true, 2, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
+        tile_multiply<TileDot::s8, 2, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
       else
-        tile_multiply<true, 1, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
+        tile_multiply<TileDot::s8, 1, panels>(a, tile.q, w, panel_stride, piece.steps, before, finished, prefetch);
       prefetch.next += int64_t(piece.steps) * prefetch.lines * 64;
       if (i == 0) add_ended();  // now that the first product has stored the last of its sums
       finished = piece.last ? group_sums[ended_groups++] : kept;
@@ -261,7 +260,7 @@ LEPTON_INLINE void multiply_int4_tiles(const GemmTile& tile, int panel_begin, in
     ended = {panel, pair, block.first_group, ended_groups};
   };
   if (const int unpacked_steps = tile.unpacked_steps(); unpacked_steps > 0) {
-    uint8_t* const unpacked = reinterpret_cast<uint8_t*>(y_sums + int64_t(pairs) * kTilePairSums);
+    uint8_t* const unpacked = static_cast<uint8_t*>(tile.scratch) + sum_bytes(tile);
     const int64_t panel_stride = int64_t(unpacked_steps) * kTileBytes;
     const auto of_panel = [&](int panel) { return unpacked + (panel - panel_begin) * panel_stride; };
     int group = 0, step = 0;
