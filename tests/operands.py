@@ -6,9 +6,7 @@ import lepton_kernels as lk
 from lepton_kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-BF16_LEAST_ROWS = 48  # kBf16LeastRows in csrc/cpu/gemm_plan.cpp
+BF16_LEAST_ROWS = 64  # kBf16LeastRows in csrc/cpu/quantize_rows.h
 
 
 def multiplies_bf16(m: int, bits: int) -> bool:

@@ -8,9 +8,6 @@ namespace {
 
 // Rows, of all planes, from which tile registers are faster than vectors.
 constexpr int kTileLeastRows = 5;
-// Rows from which w4a16 in tile registers multiplies bf16 weights, whose scales are in them, and not groups of two
-// planes of integers. Unpacking such weights takes as long as 16 rows of products.
-constexpr int kBf16LeastRows = 48;
 // Second-level caches that Y must fill to be streamed past them: what reads a smaller one next finds enough of it
 // there.
 constexpr int64_t kStreamCaches = 2;
@@ -80,8 +77,7 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   QuantizedRows rows{};
   rows.planes = args.quantize_activations ? 1 : 2;
   rows.biased = args.weight.bits == 4 || signed_quads(isa);
-  const bool many = isa == Isa::amx && product_rows >= kBf16LeastRows;
-  if (many && !args.quantize_activations && args.weight.bits == 4) {
+  if (!args.quantize_activations && multiplies_bf16(isa, args.weight.bits, product_rows)) {
     rows.layout = RowLayout::bf16_tiles;
     rows.planes = 1;
     rows.tile_rows = even_tile_rows(m);

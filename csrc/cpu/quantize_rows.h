@@ -39,6 +39,13 @@ constexpr bool signed_quads(Isa isa) { return isa == Isa::neondot; }
 // Levels where w8a16 and w4a16 split 16-bit integers into two integer products; elsewhere float products are as fast.
 constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 
+// Whether w4a16 multiplies bf16 weights that hold their scales, in tile registers, and not groups of two planes.
+// Unpacking such weights takes as long as 16 rows of products; with 48 rows some shapes were still slower.
+constexpr int kBf16LeastRows = 64;
+constexpr bool multiplies_bf16(Isa isa, int bits, int rows) {
+  return isa == Isa::amx && bits == 4 && rows >= kBf16LeastRows;
+}
+
 // Quantized rows in memory. A row has one plane or two (high bytes, low bytes), which count as rows of their own.
 struct QuantizedRows {
   RowLayout layout;

@@ -153,16 +153,22 @@ LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
   }
 }
 
+// Calls body.operator()<dtype>().
+template <typename Body>
+LEPTON_INLINE void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f32:
+      return body.template operator()<Dtype::f32>();
+    case Dtype::bf16:
+      return body.template operator()<Dtype::bf16>();
+    case Dtype::f16:
+      return body.template operator()<Dtype::f16>();
+  }
+}
+
 template <int planes, bool quads>
 void quantize(const QuantizeRowsArgs& args) {
-  switch (args.dtype) {
-    case Dtype::f32:
-      return quantize<Dtype::f32, planes, quads>(args);
-    case Dtype::bf16:
-      return quantize<Dtype::bf16, planes, quads>(args);
-    case Dtype::f16:
-      return quantize<Dtype::f16, planes, quads>(args);
-  }
+  with_dtype(args.dtype, [&]<Dtype dtype>() LEPTON_LAMBDA_INLINE { quantize<dtype, planes, quads>(args); });
 }
 
 template <Dtype dtype>
@@ -181,16 +187,8 @@ void to_bf16(const QuantizeRowsArgs& args) {
 }  // namespace
 
 void quantize_rows(const QuantizeRowsArgs& args) {
-  if (args.out.layout == RowLayout::bf16_tiles) {
-    switch (args.dtype) {
-      case Dtype::f32:
-        return to_bf16<Dtype::f32>(args);
-      case Dtype::bf16:
-        return to_bf16<Dtype::bf16>(args);
-      case Dtype::f16:
-        return to_bf16<Dtype::f16>(args);
-    }
-  }
+  if (args.out.layout == RowLayout::bf16_tiles)
+    return with_dtype(args.dtype, [&]<Dtype dtype>() LEPTON_LAMBDA_INLINE { to_bf16<dtype>(args); });
   const bool quads = args.out.layout == RowLayout::quads;
   if (args.out.planes == 1) return quads ? quantize<1, true>(args) : quantize<1, false>(args);
   if constexpr (splits_activations(Isa::LEPTON_ISA)) return quads ? quantize<2, true>(args) : quantize<2, false>(args);

@@ -257,10 +257,10 @@ GemmArgs arguments(const Problem& p, void* y, bool quantize_activations) {
 }
 
 void check_product(const Problem& p, bool quantize_activations, Digest& exact, Digest& split) {
-  constexpr int kBf16LeastRows = 48;  // gemm_plan.cpp
   const bool two_planes = !quantize_activations;
-  const bool many = two_planes && view_of(p).bits == 4 && p.m >= kBf16LeastRows;  // bf16 on level amx
-  const bool floats = two_planes && (!splits_activations(isa_in_use()) || (many && isa_in_use() == Isa::amx));
+  const bool many = two_planes && multiplies_bf16(Isa::amx, view_of(p).bits, p.m);  // where one level has other bits
+  const bool floats =
+      two_planes && (!splits_activations(isa_in_use()) || multiplies_bf16(isa_in_use(), view_of(p).bits, p.m));
   const size_t bytes = size_t(p.m) * size_t(p.n) * size_t(dtype_bytes(p.dtype));
   std::vector<uint8_t> y(bytes + 1, 0xa5), again(bytes), want(bytes);
   GemmArgs args = arguments(p, y.data(), quantize_activations);
@@ -437,7 +437,7 @@ void check_codec(Random& rng, Digest& digest) {
 // m, n, k with the reasons of tests/shapes.py: one, odd, one past a panel, a quad or a block, several of each.
 constexpr int kShapes[][3] = {{1, 1, 1},    {1, 16, 16},   {2, 17, 3},  {1, 130, 300}, {3, 40, 64},
                               {5, 33, 31},  {6, 64, 64},   {7, 15, 65}, {13, 49, 257}, {9, 20, 130},
-                              {24, 80, 96}, {61, 23, 520}, {40, 36, 8}, {1, 70, 1030}};
+                              {24, 80, 96}, {67, 23, 520}, {40, 36, 8}, {1, 70, 1030}};
 constexpr int kGroups[] = {0, 16, 32, 128, -1};  // 0: 8 bit; -1: the whole row
 
 }  // namespace
