@@ -14,7 +14,8 @@ step "build with LEPTON_CUDA=ON"
 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --editable . \
   --config-settings=cmake.define.LEPTON_CUDA=ON --config-settings=build-dir=build/gpu-native
 step "tests"
-"$python" -m pytest tests/gpu -m gpu -q 2>&1 | tee "$out/tests.log"
+parallel=$("$python" -c 'import xdist; print("-n 8")' 2> /dev/null || true) # compiling kernels takes most of the time
+"$python" -m pytest tests/gpu -m gpu -q $parallel 2>&1 | tee "$out/tests.log"
 if command -v compute-sanitizer > /dev/null; then
   step "compute-sanitizer memcheck"
   compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.log" \

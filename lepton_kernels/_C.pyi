@@ -87,3 +87,22 @@ def lzw_stream_encode(variant: int, src: int, size: int, dst: int) -> int: ...
 def lzw_stream_size(variant: int, src: int, size: int, limit: int) -> tuple[int, str | None]: ...
 def lzw_stream_decode(variant: int, src: int, size: int, dst: int, decoded: int) -> str | None: ...
 def cuda_architectures() -> list[int]: ...
+def cuda_most_rows() -> int: ...
+def cuda_gemm(
+    bits: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    scales: int,
+    row_scale: int,
+    row_zero: int,
+    column_sum: int,
+    bias: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: int,
+    activation: int,
+    stream: int,
+) -> None: ...  # only where cuda_architectures() is not empty

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lepton_kernels import reference
-from lepton_kernels._backends import cpu, triton
+from lepton_kernels._backends import cpu, cuda
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,7 +130,7 @@ def _int4_on(backend: ModuleType) -> Callable[..., Tensor]:
     return gemm_int4
 
 
-for _key, _backend in (("CPU", cpu), ("CUDA", triton)):
+for _key, _backend in (("CPU", cpu), ("CUDA", cuda)):
     _library.impl("gemm_int8", _int8_on(_backend), _key)
     _library.impl("gemm_int4", _int4_on(_backend), _key)
 

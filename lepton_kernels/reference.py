@@ -102,6 +102,11 @@ def _finish(y: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> Tenso
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T of integers, rounded once, to f32. Sums below 2^53 are exact in float64, and every device has that."""
+    return (a.to(torch.float64) @ b.to(torch.float64).T).to(torch.float32)
+
+
 def gemm_int8(
     x: Tensor,
     weight_packed: Tensor,
@@ -116,9 +121,8 @@ def gemm_int8(
         weight = weight_packed.to(torch.float64)
         return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32) * weight_scale[:, 0], bias, activation, x)
     q, scale, zero = quantize_rows(rows)
-    weight = weight_packed.to(torch.int64)
-    sums = q.to(torch.int64) @ weight.T - zero[:, None].to(torch.int64) * weight.sum(1)
-    return _finish(sums.to(torch.int32).to(torch.float32) * (scale[:, None] * weight_scale[:, 0]), bias, activation, x)
+    sums = _exact(q - zero[:, None], weight_packed)
+    return _finish(sums * (scale[:, None] * weight_scale[:, 0]), bias, activation, x)
 
 
 def gemm_int4(
@@ -138,14 +142,14 @@ def gemm_int4(
         weight = dequantize_int4(weight_packed, weight_scale, weight_zero_point, k, group_size).to(torch.float64)
         return _finish((rows.to(torch.float64) @ weight.T).to(torch.float32), bias, activation, x)
     q, scale, zero = quantize_rows(rows)
-    values = unpack_int4(weight_packed, k).to(torch.int64)
+    values = unpack_int4(weight_packed, k)
     if weight_zero_point is not None:
         values = values - expand_groups(weight_zero_point, k, group_size)
-    q, zero = q.to(torch.int64) - 128, zero - 128  # signed bytes: sums stay small, and so does their rounding
+    q, zero = q - 128, zero - 128  # signed bytes: sums stay small, and so does their rounding
     size = k if group_size == -1 else group_size
     y = torch.zeros(rows.shape[0], weight_packed.shape[0], dtype=torch.float32, device=x.device)
     for g, k0 in enumerate(range(0, k, size)):
-        sums = q[:, k0 : k0 + size] @ values[:, k0 : k0 + size].T
-        y = y + sums.to(torch.float32) * weight_scale[:, g].to(torch.float32)
+        sums = _exact(q[:, k0 : k0 + size], values[:, k0 : k0 + size])
+        y = y + sums * weight_scale[:, g].to(torch.float32)
     y = y - zero[:, None].to(torch.float32) * column_sums_int4(values, weight_scale, group_size)
     return _finish(y * scale[:, None], bias, activation, x)

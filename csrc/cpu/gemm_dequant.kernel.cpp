@@ -72,6 +72,12 @@ LEPTON_INLINE void multiply_words(const float* x, int64_t x_stride, const uint8_
   }
 }
 
+// Y[0..rows, panel] = y + bias. Not inlined: activations of every type for every number of rows took the compiler minutes.
+__attribute__((noinline)) void store_rows(const GemmTile& tile, int panel, const F32x16* y, int rows) {
+  const F32x16 bias = load_bias(tile, panel);
+  for (int r = 0; r < rows; ++r) store_output(tile, r, panel, add(y[r], bias));
+}
+
 template <int bits, int rows, int panels>
 LEPTON_INLINE void multiply_direct(const GemmTile& tile, int panel0) {
   constexpr int chains = rows == 1 ? 2 : 1, kWord = 32 / bits;
@@ -107,10 +113,7 @@ LEPTON_INLINE void multiply_direct(const GemmTile& tile, int panel0) {
       });
     });
   }
-  for (int p = 0; p < panels; ++p) {
-    const F32x16 bias = load_bias(tile, panel0 + p);
-    for (int r = 0; r < rows; ++r) store_output(tile, r, panel0 + p, add(y[p][r], bias));
-  }
+  for (int p = 0; p < panels; ++p) store_rows(tile, panel0 + p, y[p], rows);
 }
 
 template <int bits, int rows>

@@ -8,12 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lepton_kernels._backends.codes import ACTIVATION_CODES, DTYPE_CODES
 from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
-from lepton_kernels.reference import ACTIVATIONS
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ACTIVATIONS = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/cpu/activation.h
 
 
 class Packed(NamedTuple):
@@ -105,8 +102,8 @@ def gemm(
     y = x.new_empty(*x.shape[:-1], packed.n)
     bias = _as_f32(bias)
     C.gemm(
-        rows.data_ptr(), _DTYPES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.bits,
-        packed.group, packed.symmetric, _address(bias), _ACTIVATIONS[activation], y.data_ptr(),
+        rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.bits,
+        packed.group, packed.symmetric, _address(bias), ACTIVATION_CODES[activation], y.data_ptr(),
         quantize_activations, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -137,8 +134,8 @@ def linear_block(x: Tensor, layers: list[Layer], residual: Tensor | None, norm: 
     biases = [_as_f32(layer.bias) for layer in layers]
     scale, shift = (None, None) if norm is None else (_as_f32(norm.weight), _as_f32(norm.bias))
     C.linear_block(
-        rows.data_ptr(), _DTYPES[x.dtype], stride, m,
-        [(*layer.packed[1:], _address(bias), _ACTIVATIONS[layer.activation], layer.quantize_activations)
+        rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m,
+        [(*layer.packed[1:], _address(bias), ACTIVATION_CODES[layer.activation], layer.quantize_activations)
          for layer, bias in zip(layers, biases, strict=True)],
         _address(added), added_stride, _address(scale), _address(shift), 0.0 if norm is None else norm.eps,
         y.data_ptr(), torch.get_num_threads(),

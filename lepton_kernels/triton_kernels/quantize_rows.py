@@ -15,11 +15,12 @@ SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 @triton.jit
 def quantize_rows(
     x_ptr,  # float [m, k], rows x_stride apart
-    q_ptr,  # i8 [m, k], q - 128
+    q_ptr,  # i8 [m, k], q - 128; with pairs > 0 [m, 2, pairs], even columns and then odd ones
     scale_ptr,  # f32 [m]; NaN for a row that holds NaN or infinity
     zero_ptr,  # i32 [m], zero - 128
     k,
     x_stride,
+    pairs,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -47,4 +48,5 @@ def quantize_rows(
         x = tl.load(x_ptr + row * x_stride + cols, cols < k, 0.0).to(tl.float32)
         x = tl.where(is_bad, 0.0, x)
         q = tl.minimum(tl.maximum(x * inverse + ROUND - ROUND + zero, 0.0), 255.0)
-        tl.store(q_ptr + row * k + cols, (q.to(tl.int32) - 128).to(tl.int8), cols < k)
+        at = row * k + cols if pairs == 0 else (2 * row + cols % 2) * pairs + cols // 2
+        tl.store(q_ptr + at, (q.to(tl.int32) - 128).to(tl.int8), cols < k)

@@ -24,7 +24,7 @@ def compiled(kernel, pointers, constants, config, architecture):
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-        if name in pointers or name in ("k", "x_stride", "row_bytes", "n")
+        if name in pointers or name in ("k", "x_stride", "pairs", "n")
     }
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False)
@@ -51,9 +51,9 @@ for architecture in (80, 90):
         kernels.quantize_rows, dict(x_ptr="*bf16", q_ptr="*i8", scale_ptr="*fp32", zero_ptr="*i32"),
         dict(BLOCK=backend._QUANTIZE_BLOCK), one, architecture)
     for integer in (True, False):
-        for m in (1, 64, 4096):
+        for m in (1, 64, 256, 4096):
             operand = torch.int8 if integer else torch.bfloat16
-            config = backend.choose(m, operand)
+            config = backend.choose(m, operand, None, architecture // 10)
             extra = dict(row_scale_ptr="*fp32", row_zero_ptr="*i32") if integer else {}
             absent = {} if integer else dict(row_scale_ptr=None, row_zero_ptr=None)
             tile = dict(INTEGER=integer, ACTIVATION="gelu" if m == 64 else "none",
@@ -63,7 +63,7 @@ for architecture in (80, 90):
                 kernels.gemm_int8,
                 dict(shared, w_ptr="*i8", w_scale_ptr="*fp32", **(dict(column_sum_ptr="*i32") if integer else {})),
                 dict(tile, **absent, **({} if integer else dict(column_sum_ptr=None))), config, architecture)
-            config = backend.choose(m, operand, 128)
+            config = backend.choose(m, operand, 128, architecture // 10)
             tile.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k)
             results[f"gemm_int4 {'w4a8' if integer else 'w4a16'} m={m} sm_{architecture}"] = compiled(
                 kernels.gemm_int4,
@@ -78,7 +78,7 @@ print(json.dumps(results))
 def test_every_kernel_compiles_uses_tensor_cores_and_spills_nothing(run_python, tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     results = json.loads(run_python(COMPILE, **environment).splitlines()[-1])
-    assert len(results) == 2 * (1 + 2 * 2 * 3)
+    assert len(results) == 2 * (1 + 2 * 2 * 4)
     if os.environ.get("LEPTON_SHOW"):
         print(*(f"{name}: {found}" for name, found in results.items()), sep="\n")
     for name, found in results.items():
