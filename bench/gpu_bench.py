@@ -2,7 +2,7 @@
 
 Each product is checked before it is timed. Times are medians of device events around the replay of a CUDA graph, with
 L2 flushed between calls: weights come from device memory, and no time in Python counts. "of limit": the larger of
-operations / measured peak and weight bytes / copy bandwidth, divided by our time.
+operations / measured peak (int8: the best product seen) and weight bytes / copy bandwidth, divided by our time.
 """
 
 import argparse
@@ -44,8 +44,10 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ai, bi = (torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8) for _ in range(2))
     ops = 2 * 8192**3
+    # Not from a graph, where the same copy took 1.6 times as long.
+    copy_ms = do_bench(lambda: copy.copy_(data), return_mode="median")
     return {
-        "copy_gb_s": 2 * data.numel() / milliseconds(lambda: copy.copy_(data)) / 1e6,
+        "copy_gb_s": 2 * data.numel() / copy_ms / 1e6,
         "bf16_tflops": ops / milliseconds(lambda: a @ b) / 1e9,
         "int8_tops": ops / milliseconds(lambda: torch._int_mm(ai, bi.T)) / 1e9,
     }
@@ -140,6 +142,9 @@ def table(rows: list[dict], limits: dict[str, float]) -> str:
         "target",
     ]
     lines = [header, ["---"] * len(header)]
+    # torch's int8 product is not the fastest: the peak is that of the best seen, ours among them.
+    ours_tops = max(2 * r["m"] * r["n"] * r["k"] / r["ms"] / 1e9 for r in rows if r["scheme"] == "w8a8")
+    limits = {**limits, "int8_tops": max(limits["int8_tops"], ours_tops)}
     for row in rows:
         peak = limits["int8_tops"] if row["scheme"].endswith("a8") else limits["bf16_tflops"]
         limit = max(2 * row["m"] * row["n"] * row["k"] / peak / 1e9, row["weight_bytes"] / (limits["copy_gb_s"] * 1e6))

@@ -123,7 +123,7 @@ def gemm_int4(
 
 
 def pack_groups(weight_scale: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int) -> Tensor:
-    """int32 [ceil(k / 128), 4 * ceil(n / 64), 8, 2] of scales bf16 [n, groups] and zero points int8 [n, groups] or None.
+    """int32 [ceil(k / 128), 4 * ceil(n / 64), 8, 2] of scales bf16 and zero points int8, [n, groups].
 
     A word has the bits of the scale above and the zero point in its lowest byte; outputs o and o + 8 of sixteen are
     neighbours, as the lane that multiplies both needs them.
