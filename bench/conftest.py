@@ -20,6 +20,7 @@ SPINS = 500  # such spans, at most
 WARM_UP = 0.01  # seconds of calls before those that count
 COUNTED = 0.005  # seconds of calls that count, in a round
 CALLS = 3, 20  # that count, in a round: at least, at most
+HOPELESS = 15  # times the fastest call: such a contender is timed in the first two rounds alone
 LONG = 0.03  # seconds of a call to which waking up a thread (0.3 ms) or a cache (1 ms) makes no difference
 
 Calls = list[Callable[[], object]]
@@ -67,21 +68,28 @@ def in_turn(contenders: dict[str, Calls], evict: Callable[[], object] | None = N
 
     In a round each contender waits until all threads are quiet, repeats its first call to warm up (clock, threads,
     code), and then makes its other calls, each once, until COUNTED seconds are over: these count. A call of more than
-    LONG seconds needs no warm-up and counts once a round. `evict` runs before each contender: calls that read weights
-    of their own then find them in DRAM.
+    LONG seconds needs no warm-up and counts once a round; a HOPELESS one takes part in two rounds. `evict` runs before
+    each contender: calls that read weights of their own then find them in DRAM.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     long: set[str] = set()
+    hopeless: set[str] = set()
 
     def one_round() -> None:
         for name, (warm, *counted) in contenders.items():
+            if name in hopeless:
+                continue
             if evict is not None:
                 evict()
             settle()
             stop = time.perf_counter() + WARM_UP
             while name not in long:
+                start = time.perf_counter()
                 warm()
-                if time.perf_counter() > stop:
+                now = time.perf_counter()
+                if now - start > LONG and len(times[name]) == 0:
+                    long.add(name)  # found out in the first round; its first call may be slower than others
+                if now > stop:
                     break
             taken = 0.0
             for done, call in enumerate(counted[:1] if name in long else counted):
@@ -93,12 +101,19 @@ def in_turn(contenders: dict[str, Calls], evict: Callable[[], object] | None = N
                 taken += times[name][-1]
 
     one_round()
+    long.difference_update([name for name, samples in times.items() if min(samples) <= LONG])
     long.update(name for name, samples in times.items() if min(samples) > LONG)
     start = time.perf_counter()
     one_round()
-    rounds = min(max(int(SECONDS / (time.perf_counter() - start)), ROUNDS[0]), ROUNDS[1])
-    for samples in times.values():
-        samples.clear()
+    seconds = time.perf_counter() - start
+    fastest = min(min(samples) for samples in times.values())
+    hopeless.update(name for name in long if min(times[name]) > HOPELESS * fastest)
+    for name, samples in times.items():
+        if name not in hopeless:
+            samples.clear()
+        else:
+            seconds -= samples[-1]
+    rounds = min(max(int(SECONDS / seconds), ROUNDS[0]), ROUNDS[1])
     for _ in range(rounds):
         one_round()
     return times
