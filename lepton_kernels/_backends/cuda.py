@@ -2,7 +2,7 @@
 
 The native kernels read the saved weight as it is. They take bf16, fp16 and, for w8a8, any float type; up to
 C.cuda_most_rows() rows; rows of X and W that start at multiples of 16 bytes; int4 groups of a multiple of 128, with
-bf16 scales. w4a8 is Triton's alone.
+bf16 scales. w4a8 is Triton's alone. A row of X that holds an infinity is NaN altogether with int4.
 """
 
 import functools
