@@ -111,7 +111,7 @@ def measure() -> list[dict]:
 
 
 def verdict(row: dict, of_limit: float) -> str:
-    """What a row has to reach, and whether it does; "" where nothing is asked of it but not to be slower than bf16."""
+    """What a row has to reach, and whether it does; no slower than bf16 where nothing else is asked of it."""
     scheme, m, ms = row["scheme"], row["m"], row["ms"]
     bf16, int_mm = (row["peers"][name] / ms for name in ("torch bf16", "torch _int_mm alone"))
     large = row["n"] >= 8192 and row["k"] >= 8192
