@@ -34,3 +34,15 @@ def test_onnxruntime_gives_the_same_answers(scheme, tmp_path):
     # w8a8 is exact without VNNI, too (with signed weights onnxruntime saturates there: 0.2).
     # a8: a value on a rounding boundary of the second layer's grid may fall to its other side. a16: 16-bit integers.
     assert (y - want).norm() / want.norm() < (2e-3 if scheme.endswith("a8") else 1e-4)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_decides_whether_weights_are_multiplied_unsigned(exact, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = nn.Sequential(nn.Linear(32, 16)).eval()
+    lk.quantize_(model, "w8a8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lk.onnx.export(model, (torch.randn(2, 32),), tmp_path / "model.onnx", exact=exact)
+    product = next(n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "MatMulInteger")
+    assert (len(product.input) == 4 and product.input[3] != "") == exact  # the zero point of the weights
