@@ -65,7 +65,7 @@ arm-check: .venv/.deps ## Kernels and codec on AArch64 (emulated) give the bits 
 	  LEPTON_MAX_ISA=neondot $(EMULATE) cortex-a72 build/check-arm/check_kernels; } | tee build/check/levels
 	@test "$$(tail -2 build/check/levels | cut -d ' ' -f 1 | tr '\n' ' ')" = "neondot generic " || \
 	  { echo "the dot product was not detected as the processor has it" >&2; exit 1; }
-	for digest in exact codec split; do \
+	for digest in exact codec split int16; do \
 	  test "$$(grep -o " $$digest=[0-9a-f]\{16\}" build/check/levels | sort -u | wc -l)" = 1 || \
 	    { echo "levels differ: $$digest" >&2; exit 1; }; \
 	done

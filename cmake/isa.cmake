@@ -1,5 +1,5 @@
 # lepton_kernel(target source [TO_AVX2]): compile one .kernel.cpp once per instruction-set level, each in its own
-# namespace. TO_AVX2: not at levels with fast integer products (LEPTON_KERNEL_TO_AVX2 in csrc/cpu/kernel_table.h).
+# namespace. TO_AVX2: not at levels with fast products of bytes (LEPTON_KERNEL_TO_AVX2 in csrc/cpu/kernel_table.h).
 # Flags are per object: nothing but .kernel.cpp files (which include no std header, see csrc/cpu/kernel_table.h) may be
 # compiled above the baseline.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

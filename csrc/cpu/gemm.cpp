@@ -16,8 +16,6 @@ namespace {
 // second-level cache: a quarter where vectors multiply, half with tile registers, which use weights so fast that
 // reading those again for another tile of rows is what costs.
 constexpr int kVectorCacheShare = 4, kTileCacheShare = 2;
-// Floats are read once for every block of widened weights, so that many rows share the widening.
-constexpr int64_t kFloatActivationBytes = 2 * 1024 * 1024;
 // Below this many multiplications a second thread costs more than it saves: ten microseconds of one row's work, and a
 // fork and join take five.
 constexpr int64_t kParallelWork = 1000 * 1000;
@@ -49,9 +47,7 @@ struct RowTiles {
 // Rows of a tile: those whose part of k fits the share of the cache, dealt evenly.
 RowTiles row_tiles_of(const Activations& plan, const PackedWeight& weight, int m, int threads) {
   const int multiple = plan.in_tiles() ? 2 * plan.integers.out.tile_rows : kRowMultiple;
-  const int64_t bytes = plan.in_tiles()  ? l2_bytes() / kTileCacheShare
-                        : plan.quantized ? l2_bytes() / kVectorCacheShare
-                                         : kFloatActivationBytes;
+  const int64_t bytes = l2_bytes() / (plan.in_tiles() ? kTileCacheShare : kVectorCacheShare);
   const int share = divide_up(m, threads * kTilesPerThread);
   const auto rows_with = [&](int k_parts) {
     int64_t fit = std::max<int64_t>(bytes * k_parts / plan.row_bytes() / multiple * multiple, multiple);

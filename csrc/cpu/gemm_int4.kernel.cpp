@@ -9,7 +9,7 @@
 #if defined(LEPTON_ISA_AMX)
 #include "cpu/simd/bf16_tiles.h"
 #include "cpu/simd/int4_tiles.h"
-#elif defined(__AVX512VNNI__)
+#elif defined(__AVX512VNNI__) || defined(LEPTON_ISA_AVX2)
 #include "cpu/simd/int4_unpacked.h"
 #endif
 
@@ -92,7 +92,7 @@ LEPTON_INLINE void GemmInt4::multiply_tiles(const GemmTile& tile, int panel_begi
 }  // namespace
 
 void gemm_int4_tile(const GemmTile& tile) {
-#if defined(__AVX512VNNI__) && !defined(LEPTON_ISA_AMX)
+#if defined(LEPTON_ISA_AVX2) || (defined(__AVX512VNNI__) && !defined(LEPTON_ISA_AMX))
   if (multiply_many_rows(tile)) return;
 #endif
 #if defined(LEPTON_ISA_AMX)

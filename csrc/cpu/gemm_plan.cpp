@@ -37,15 +37,7 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   tile.panel_begin = panel_begin;
   tile.panel_end = panel_end;
   tile.rows = rows;
-  if (plan.quantized) {
-    tile.q = plan.integers.out.from(row0, args.weight.groups());
-  } else if (plan.floats.out) {
-    tile.x = plan.floats.out + row0 * plan.floats.out_stride;
-    tile.x_stride = plan.floats.out_stride;
-  } else {
-    tile.x = static_cast<const float*>(args.x) + row0 * args.x_stride;
-    tile.x_stride = args.x_stride;
-  }
+  tile.q = plan.integers.out.from(row0, divide_up(plan.integers.k, plan.integers.group));
   tile.bias = args.bias;
   tile.activation = args.activation;
   tile.y = static_cast<char*>(args.y) + int64_t(row0) * args.weight.n * dtype_bytes(args.y_dtype);
@@ -57,7 +49,7 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
 }
 
 GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
-  if (!plan.quantized) return select_gemm_dequant_tile(isa);
+  if (plan.integers.out.layout == RowLayout::int16) return select_gemm_int16_tile(isa);
   return bits == 8 ? select_gemm_int8_tile(isa) : select_gemm_int4_tile(isa);
 }
 
@@ -66,18 +58,13 @@ GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
 Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Scratch& scratch) {
   const int m = args.m, k = args.weight.k;
   Activations plan{};
-  plan.quantized = args.quantize_activations || splits_activations(isa);
-  if (!plan.quantized) {
-    const int64_t stride = odd_lines(int64_t(k) * 4) / 4;
-    plan.floats = {args.x, args.dtype, args.x_stride, m, k, nullptr, stride};
-    if (args.dtype == Dtype::f32 && m <= kDirectRows) return plan;  // read where it is
-    plan.floats.out = static_cast<float*>(scratch.get(size_t(m) * size_t(stride) * sizeof(float)));
-    return plan;
-  }
   QuantizedRows rows{};
-  rows.planes = args.quantize_activations ? 1 : 2;
+  const bool int16 = !args.quantize_activations && !splits_activations(isa);
+  rows.planes = args.quantize_activations || int16 ? 1 : 2;
   rows.biased = args.weight.bits == 4 || signed_quads(isa);
-  if (!args.quantize_activations && multiplies_bf16(isa, args.weight.bits, product_rows)) {
+  if (int16) {
+    rows.layout = RowLayout::int16;
+  } else if (!args.quantize_activations && multiplies_bf16(isa, args.weight.bits, product_rows)) {
     rows.layout = RowLayout::bf16_tiles;
     rows.planes = 1;
     rows.tile_rows = even_tile_rows(m);
@@ -87,7 +74,8 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   } else {
     rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
   }
-  const int quad = rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
+  const int quad = int16 ? 8 : rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
+  const int group = int16 && args.weight.bits == 4 ? int16_piece(args.weight) : args.weight.group;
   rows.stride =
       rows.in_tiles() ? divide_up(k, rows.step_k()) * kTileStep : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);
   const bool sums = args.weight.bits == 4 && !rows.in_tiles();
@@ -95,28 +83,20 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   const int padded = rows.in_tiles() ? round_up(m, rows.tile_rows) : m;
   const size_t plane_rows = size_t(round_up(padded * rows.planes, 16));  // 16: what lies behind it stays aligned
   const size_t q_bytes = plane_rows * size_t(rows.stride), i32_bytes = plane_rows * 4;
-  char* memory = static_cast<char*>(scratch.get(q_bytes + i32_bytes * (2 + (sums ? size_t(args.weight.groups()) : 0))));
+  char* memory = static_cast<char*>(scratch.get(q_bytes + i32_bytes * (2 + (sums ? size_t(divide_up(k, group)) : 0))));
   rows.q = reinterpret_cast<uint8_t*>(memory);
   rows.scale = reinterpret_cast<float*>(memory + q_bytes);
   rows.zero = reinterpret_cast<int32_t*>(memory + q_bytes + i32_bytes);
   if (sums) rows.group_sum = reinterpret_cast<int32_t*>(memory + q_bytes + 2 * i32_bytes);
-  plan.integers = {args.x, args.dtype, args.x_stride, 0, 0, k, args.weight.group, rows};
+  plan.integers = {args.x, args.dtype, args.x_stride, 0, 0, k, group, rows};
   return plan;
 }
 
 void prepare_rows(const Activations& plan, Isa isa, int row_begin, int row_end) {
-  if (plan.quantized) {
-    QuantizeRowsArgs part = plan.integers;
-    part.row_begin = row_begin;
-    part.row_end = row_end;
-    select_quantize_rows(isa)(part);
-  } else if (plan.floats.out) {
-    ToF32Args part = plan.floats;
-    part.x = static_cast<const char*>(part.x) + row_begin * part.x_stride * dtype_bytes(part.dtype);
-    part.rows = row_end - row_begin;
-    part.out += row_begin * part.out_stride;
-    select_to_f32_rows(isa)(part);
-  }
+  QuantizeRowsArgs part = plan.integers;
+  part.row_begin = row_begin;
+  part.row_end = row_end;
+  select_quantize_rows(isa)(part);
 }
 
 void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int row0, int rows, int panel_begin,

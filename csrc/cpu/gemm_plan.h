@@ -9,19 +9,13 @@
 
 namespace lepton {
 
-// Activations of a product: integers (or bf16 in tile registers), or floats where the level has no fast integer
-// products for them.
+// Activations of a product: integers, or bf16 in tile registers.
 struct Activations {
-  bool quantized;
   QuantizeRowsArgs integers{};
-  ToF32Args floats{};
-
-  int64_t row_bytes() const {
-    return quantized ? integers.out.planes * integers.out.stride : floats.out_stride * int64_t(sizeof(float));
-  }
   int k_parts = 1;  // of GemmTile
 
-  bool in_tiles() const { return quantized && integers.out.in_tiles(); }
+  int64_t row_bytes() const { return integers.out.planes * integers.out.stride; }
+  bool in_tiles() const { return integers.out.in_tiles(); }
 };
 
 // Lays the prepared activations of all rows out in one scratch buffer. They are part of a product of product_rows,

@@ -13,7 +13,6 @@ namespace lepton {
 
 // Bytes ahead of the reads of weights: few rows use each weight once, at the speed of memory.
 constexpr int kPrefetchBytes = 4096;
-constexpr int kDirectRows = 4;  // gemm_dequant uses weights from registers for so few rows, without a buffer
 
 // Y[rows, columns of the panels] = activation(X @ dequant(W)^T + bias) for panels [panel_begin, panel_end).
 struct GemmTile {
@@ -21,10 +20,7 @@ struct GemmTile {
   int panel_begin, panel_end;
   int rows;
 
-  QuantizedRows q;  // gemm_int8, gemm_int4
-
-  const float* x;  // gemm_dequant: rows x_stride elements apart
-  int64_t x_stride;
+  QuantizedRows q;
 
   void* scratch;  // 64-byte aligned, for the kernel: scratch_bytes(tile)
 
@@ -52,10 +48,9 @@ constexpr int kWholeSteps = 16;
 // Steps of k, of two panels of 4-bit weights, that are unpacked at a time: 16 KiB, which stay in the first-level cache.
 constexpr int kUnpackedSteps = 8;
 
-// Bytes of sums that the kernels keep between blocks of k. Floats: of a panel. Tile registers: of two panels, for each
-// pair of tiles twice and once more; between parts of k of all panels, for each pair of tiles.
+// Bytes of sums that the kernels keep between blocks of k. Tile registers: of two panels, for each pair of tiles twice
+// and once more; between parts of k of all panels, for each pair of tiles.
 inline int64_t sum_bytes(const GemmTile& tile) {
-  if (tile.x) return tile.rows * (kPanel * 4);
   if (!tile.q.in_tiles()) return 0;
   const int64_t pairs = divide_up(tile.q.tiles_of(tile.rows), 2);
   const int64_t kept = tile.k_parts > 1 ? divide_up(tile.panel_end - tile.panel_begin, 2) : 2;
@@ -70,18 +65,15 @@ inline int64_t scratch_bytes(const GemmTile& tile) {
 using GemmTileFn = void(const GemmTile&);
 LEPTON_KERNEL(gemm_int8_tile, GemmTileFn)
 LEPTON_KERNEL(gemm_int4_tile, GemmTileFn)
-LEPTON_KERNEL_TO_AVX2(gemm_dequant_tile, GemmTileFn)
+LEPTON_KERNEL_TO_AVX2(gemm_int16_tile, GemmTileFn)
 
-// f32 [rows, k] from another type, or copied: the activations of gemm_dequant_tile.
-struct ToF32Args {
-  const void* x;
-  Dtype dtype;
-  int64_t x_stride;
-  int rows, k;
-  float* out;
-  int64_t out_stride;
-};
-using ToF32Fn = void(const ToF32Args&);
-LEPTON_KERNEL_TO_AVX2(to_f32_rows, ToF32Fn)
+// k of a piece of int16 activations: int32 sums are exact, as 32767 * 128 * 512 < 2^31, and a piece lies in one group.
+inline int int16_piece(const PackedWeight& weight) {
+  constexpr int kMost = 512;
+  if (weight.groups() == 1) return kMost;
+  int parts = divide_up(weight.group, kMost);
+  while (weight.group % (parts * kNibbleBlock) != 0) ++parts;
+  return weight.group / parts;
+}
 
 }  // namespace lepton

@@ -51,5 +51,5 @@
 // clang-format on
 
 #define LEPTON_KERNEL(name, Function) LEPTON_KERNEL_OF(LEPTON_LEVELS, name, Function)
-// For a kernel that levels with fast integer products do without (splits_activations in quantize_rows.h).
+// For a kernel that levels with fast products of bytes do without (splits_activations in quantize_rows.h).
 #define LEPTON_KERNEL_TO_AVX2(name, Function) LEPTON_KERNEL_OF(LEPTON_LEVELS_TO_AVX2, name, Function)

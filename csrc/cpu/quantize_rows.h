@@ -1,8 +1,9 @@
-// quantize_rows.h - X to integers, a scale and a zero point for every row: 8 bits (w8a8, w4a8), or 16 bits as a plane
-// of high bytes and one of low bytes (w8a16, w4a16 where integer products are the fastest).
+// quantize_rows.h - X to integers, a scale and a zero point for every row: 8 bits (w8a8, w4a8), or 16 bits (w8a16,
+// w4a16) as a plane of high bytes and one of low bytes where bytes are multiplied fast, else as int16 around zero.
 //
 //   lo = min(0, min x), hi = max(0, max x), scale = hi / L - lo / L, zero = round(-lo / scale), L = 255 or 65535
 //   q = clamp(round(x / scale) + zero, 0, L),   x ~ scale * (q - zero)
+//   int16: scale = max |x| / 32767, q = clamp(round(x / scale), -32767, 32767), zero = 0
 //
 // Divisions are products with a reciprocal, rounded to nearest even at every step: the same bits on every level. A row
 // of zeros has scale 0; a row that holds a NaN or an infinity has scale NaN, which makes its outputs NaN.
@@ -19,6 +20,7 @@ namespace lepton {
 enum class RowLayout : int {
   bytes,       // a row's uint8 in order
   quads,       // the level's quads (simd.h): quad_bytes() for every four
+  int16,       // int16 around zero, 8 bytes for every four (simd.h)
   tiles,       // what tile registers load, 64 k of h = tile_rows rows together: [rows / h][planes][stride / 64][h][64]
   bf16_tiles,  // the same with 32 k of X rounded to bf16, without scale and zero: [rows / h][stride / 64][h][32]
 };
@@ -30,13 +32,13 @@ constexpr int kTileStep = 64;  // bytes, and k of 8 bits, in a row of a tile
 // tiles as hold it: 33 rows are three times 11, not 16, 16 and 1.
 constexpr int even_tile_rows(int m) { return divide_up(m, divide_up(m, kTileRows)); }
 
-// Bytes of four activations in RowLayout::quads; AVX2 keeps them as int16 (simd/avx2.h says why).
-constexpr int quad_bytes(Isa isa) { return isa == Isa::avx2 ? 8 : 4; }
+// Bytes of four activations in RowLayout::quads; levels that multiply int16 keep them so (simd/avx2.h says why).
+constexpr int quad_bytes(Isa isa) { return isa <= Isa::avx2 ? 8 : 4; }
 
 // Levels whose int8 products take activations as int8: there all quantized rows are biased.
 constexpr bool signed_quads(Isa isa) { return isa == Isa::neondot; }
 
-// Levels where w8a16 and w4a16 split 16-bit integers into two integer products; elsewhere float products are as fast.
+// Levels where w8a16 and w4a16 split 16-bit integers into two products of bytes; the others multiply int16.
 constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 
 // Whether w4a16 multiplies bf16 weights that hold their scales, in tile registers, and not groups of two planes.
@@ -57,7 +59,7 @@ struct QuantizedRows {
   int64_t stride;  // bytes from a row to the next; a multiple of 64. What lies between a row's end and the stride is 0
   float* scale;    // [rows]
   int32_t* zero;   // [rows, planes]
-  int32_t* group_sum;  // [rows, planes, groups]: sums of a plane's bytes over each group of k, or null
+  int32_t* group_sum;  // [rows, planes, groups]: sums of a plane's integers over each group of k, or null
 
   bool in_tiles() const { return layout == RowLayout::tiles || layout == RowLayout::bf16_tiles; }
   // k in a row of a tile (layouts tiles and bf16_tiles).
@@ -88,7 +90,7 @@ struct QuantizeRowsArgs {
   Dtype dtype;
   int64_t x_stride;
   int row_begin, row_end;
-  int k, group;
+  int k, group;  // of group_sum
   QuantizedRows out;
 };
 

@@ -13,6 +13,11 @@ static_assert(kQuadBytes == quad_bytes(Isa::LEPTON_ISA));
 constexpr int kChains = 4;                    // vectors side by side, which hide the latency of a minimum
 constexpr float kSmallestNormal = 0x1p-126f;  // below it 1 / scale could overflow: such a row counts as zeros
 
+struct Extremes {
+  float lo, hi;  // with 0 among them
+  float check;   // 0, or NaN if a value is no number
+};
+
 struct RowRange {
   float scale, inverse;
   int32_t zero;
@@ -20,6 +25,7 @@ struct RowRange {
 
 template <int planes>
 constexpr int kLevels = planes == 1 ? 255 : 65535;  // the largest q
+constexpr int kMostInt16 = 32767;
 
 // Sixteen elements from x[i]; those past k read as 0.
 template <Dtype dtype>
@@ -27,8 +33,8 @@ LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
   return i < k ? load_partial<dtype>(x + int64_t(i) * dtype_bytes(dtype), k - i) : broadcast_f32(0);
 }
 
-template <Dtype dtype, int planes>
-LEPTON_INLINE RowRange range_of(const char* x, int k) {
+template <Dtype dtype>
+LEPTON_INLINE Extremes extremes_of(const char* x, int k) {
   F32x16 lowest[kChains], highest[kChains], finite[kChains];
   unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE { lowest[c] = highest[c] = finite[c] = broadcast_f32(0); });
   for (int i = 0; i < k; i += kChains * kLanes) {
@@ -54,13 +60,25 @@ LEPTON_INLINE RowRange range_of(const char* x, int k) {
     hi = high[i] > hi ? high[i] : hi;
     sum += check[i];
   }
-  if (sum != sum) return {sum, 0, 0};
+  return {lo, hi, sum};
+}
+
+template <int planes>
+LEPTON_INLINE RowRange range_of(const Extremes& of) {
+  if (of.check != of.check) return {of.check, 0, 0};
   constexpr float kStep = 1.0f / kLevels<planes>;
-  const float scale = hi * kStep - lo * kStep;
+  const float scale = of.hi * kStep - of.lo * kStep;
   if (scale < kSmallestNormal) return {0, 0, 0};
   const float inverse = 1.0f / scale;
-  const float zero = (-lo * inverse + 0x1.8p23f) - 0x1.8p23f;  // rounds to nearest even
+  const float zero = (-of.lo * inverse + 0x1.8p23f) - 0x1.8p23f;  // rounds to nearest even
   return {scale, inverse, int32_t(zero > kLevels<planes> ? kLevels<planes> : zero)};
+}
+
+LEPTON_INLINE RowRange int16_range_of(const Extremes& of) {
+  if (of.check != of.check) return {of.check, 0, 0};
+  const float scale = (of.hi > -of.lo ? of.hi : -of.lo) * (1.0f / kMostInt16);
+  if (scale < kSmallestNormal) return {0, 0, 0};
+  return {scale, 1.0f / scale, 0};
 }
 
 LEPTON_INLINE I32x16 with_zeros_from(I32x16 value, int lane) {
@@ -125,7 +143,20 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, con
   }
 }
 
-LEPTON_INLINE void sum_groups(const int8_t* q, int k, int group, int32_t* sums) {
+// The same of int16 around zero.
+template <Dtype dtype>
+LEPTON_INLINE void quantize_row_int16(const char* x, int k, const RowRange& range, const QuantizedRows& out, int row) {
+  const F32x16 inverse = broadcast_f32(range.inverse);
+  const I32x16 low = broadcast_i32(-kMostInt16), high = broadcast_i32(kMostInt16);
+  constexpr int kVector = kLanes * int(sizeof(int16_t));
+  uint8_t* q = out.row(row, 0);
+  if (range.scale != range.scale) k = 0;
+  for (int i = 0; i < int(out.stride) / kVector * kLanes; i += kLanes, q += kVector)
+    store_int16_quads(q, min(max(round_i32(mul(load_padded<dtype>(x, i, k), inverse)), low), high));
+}
+
+template <typename Integer>
+LEPTON_INLINE void sum_groups(const Integer* q, int k, int group, int32_t* sums) {
   for (int k0 = 0; k0 < k; k0 += group) {
     const int end = k0 + group < k ? k0 + group : k;
     int32_t sum = 0;
@@ -139,7 +170,7 @@ LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
   const QuantizedRows& out = args.out;
   for (int r = args.row_begin; r < args.row_end; ++r) {
     const char* x = static_cast<const char*>(args.x) + r * args.x_stride * dtype_bytes(dtype);
-    const RowRange range = range_of<dtype, planes>(x, args.k);
+    const RowRange range = range_of<planes>(extremes_of<dtype>(x, args.k));
     out.scale[r] = range.scale;
     const int bias = out.biased ? 128 : 0;
     out.zero[r * planes] = (planes == 1 ? range.zero : range.zero >> 8) - bias;
@@ -150,6 +181,22 @@ LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
     for (int plane = 0; plane < planes; ++plane)
       sum_groups(reinterpret_cast<const int8_t*>(out.row(r, plane)), args.k, args.group,
                  out.group_sum + (int64_t(r) * planes + plane) * groups);
+  }
+}
+
+template <Dtype dtype>
+void quantize_int16(const QuantizeRowsArgs& args) {
+  const QuantizedRows& out = args.out;
+  const int groups = divide_up(args.k, args.group);
+  for (int r = args.row_begin; r < args.row_end; ++r) {
+    const char* x = static_cast<const char*>(args.x) + r * args.x_stride * dtype_bytes(dtype);
+    const RowRange range = int16_range_of(extremes_of<dtype>(x, args.k));
+    out.scale[r] = range.scale;
+    quantize_row_int16<dtype>(x, args.k, range, out, r);
+    // Within four k the order is the level's; groups are multiples of four.
+    if (out.group_sum)
+      sum_groups(reinterpret_cast<const int16_t*>(out.row(r, 0)), round_up(args.k, kQuad), args.group,
+                 out.group_sum + int64_t(r) * groups);
   }
 }
 
@@ -189,6 +236,10 @@ void to_bf16(const QuantizeRowsArgs& args) {
 void quantize_rows(const QuantizeRowsArgs& args) {
   if (args.out.layout == RowLayout::bf16_tiles)
     return with_dtype(args.dtype, [&]<Dtype dtype>() LEPTON_LAMBDA_INLINE { to_bf16<dtype>(args); });
+  if constexpr (!splits_activations(Isa::LEPTON_ISA)) {
+    if (args.out.layout == RowLayout::int16)
+      return with_dtype(args.dtype, [&]<Dtype dtype>() LEPTON_LAMBDA_INLINE { quantize_int16<dtype>(args); });
+  }
   const bool quads = args.out.layout == RowLayout::quads;
   if (args.out.planes == 1) return quads ? quantize<1, true>(args) : quantize<1, false>(args);
   if constexpr (splits_activations(Isa::LEPTON_ISA)) return quads ? quantize<2, true>(args) : quantize<2, false>(args);

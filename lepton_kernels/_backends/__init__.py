@@ -10,7 +10,7 @@ def kernel_name(scheme: str, device: str) -> str:
         native = C.cuda_most_rows() and scheme != "w4a8"
         return f"{kernel}[cuda up to {C.cuda_most_rows()} rows, triton]" if native else f"{kernel}[triton]"
     if scheme.endswith("a16") and not C.splits_activations():
-        kernel = "gemm_dequant"
+        kernel = "gemm_int16"
     return f"{kernel}[{C.isa()}]"
 
 

@@ -13,7 +13,7 @@ from lepton_kernels import reference
 from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import FLOAT_ISAS, ISAS
+from conftest import INT16_ISAS, ISAS
 from operands import BF16_LEAST_ROWS, DTYPES, float_bound, make_int4, make_int8
 from shapes import GEMM
 
@@ -219,12 +219,13 @@ def test_activation_functions_keep_nan_and_infinity():
         assert (y[2] == -torch.inf).all() if activation == "none" else (y[2].abs() < 1e-30).all(), activation
 
 
-def test_16_bit_activations_are_the_same_bits_on_every_level_that_multiplies_integers(run_python):
+def test_16_bit_activations_are_the_same_bits_on_every_level_of_a_kind(run_python):
     program = LEVELS_PROGRAM.replace(", True)", ", False)").replace(", True, activation", ", False, activation")
     program = program.replace("(70, 100", f"({BF16_LEAST_ROWS - 1}, 100")  # from there on level amx multiplies bf16
     lines = [line.split() for isa in ISAS for line in run_python(program, LEPTON_MAX_ISA=isa).splitlines()]
     assert len(lines) == 2 * len(ISAS)
-    assert len({digest for isa, digest in lines if isa not in FLOAT_ISAS}) <= 1, lines
+    for int16 in (True, False):
+        assert len({digest for isa, digest in lines if (isa in INT16_ISAS) == int16}) <= 1, lines
 
 
 @pytest.mark.parametrize("rows", [BF16_LEAST_ROWS, 200, 5000])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import FLOAT_ISAS, ISAS
+from conftest import INT16_ISAS, ISAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,12 +29,12 @@ print(C.isa(), *lk.backends()["cpu"].values())
 """
     for isa in ISAS:
         used, *kernels = run_python(program, LEPTON_MAX_ISA=isa).split()
-        floats = used in FLOAT_ISAS
+        int16 = used in INT16_ISAS
         names = (
             "gemm_int8",
-            "gemm_dequant" if floats else "gemm_int8",
+            "gemm_int16" if int16 else "gemm_int8",
             "gemm_int4",
-            "gemm_dequant" if floats else "gemm_int4",
+            "gemm_int16" if int16 else "gemm_int4",
         )
         assert kernels == [f"{name}[{used}]" for name in names]
 

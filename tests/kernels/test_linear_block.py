@@ -11,7 +11,7 @@ from lepton_kernels import reference
 from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import FLOAT_ISAS, ISAS
+from conftest import INT16_ISAS, ISAS
 from operands import BF16_LEAST_ROWS, DTYPES, make_int4, make_int8, multiplies_bf16
 
 SCHEMES = ["w8a8", "w8a16", "w4a8", "w4a16"]
@@ -178,4 +178,5 @@ def test_levels_and_threads_agree_to_the_bit(run_python):
     lines = [line.split() for isa in ISAS for line in run_python(program, LEPTON_MAX_ISA=isa).splitlines()]
     assert len(lines) == 2 * len(ISAS)
     assert len({quantized for _, quantized, _ in lines}) == 1, lines
-    assert len({kept for isa, _, kept in lines if isa not in FLOAT_ISAS}) <= 1, lines
+    for int16 in (True, False):
+        assert len({kept for isa, _, kept in lines if (isa in INT16_ISAS) == int16}) <= 1, lines

@@ -18,6 +18,7 @@
 #include "codec/lzw.h"
 #include "cpu/add_norm.h"
 #include "cpu/gemm.h"
+#include "cpu/gemm_tile.h"
 #include "cpu/isa.h"
 #include "cpu/quantize_rows.h"
 #include "cpu/recurrent.h"
@@ -221,6 +222,33 @@ float integer_product(const Problem& p, const Row& row, int column, bool two_pla
   return (sum - row_zero * column_sum) * row.scale + bias;
 }
 
+// gemm_int16.kernel.cpp's formulas.
+float int16_product(const Problem& p, int r, int column) {
+  const int groups = p.groups(), piece = int16_piece(view_of(p));
+  const float* const x = &p.x[size_t(r) * size_t(p.k)];
+  float most = 0, check = 0, sum = 0;
+  for (int i = 0; i < p.k; ++i) {
+    most = std::max(most, std::fabs(x[i]));
+    check += x[i] * 0;
+  }
+  if (check != 0 || std::isnan(check)) return NAN;
+  float row_scale = most * (1.0f / 32767);
+  if (row_scale < 0x1p-126f) row_scale = 0;
+  const float inverse = row_scale == 0 ? 0 : 1 / row_scale;
+  for (int begin = 0; begin < p.k; begin += piece) {
+    const size_t group = size_t(column * groups + p.group_of(begin));
+    int64_t exact = 0;
+    for (int i = begin; i < std::min(p.k, begin + piece); ++i) {
+      const int q = int(std::clamp(std::nearbyintf(x[i] * inverse), -32767.0f, 32767.0f));
+      exact += int64_t(q) * (p.weight[size_t(column) * size_t(p.k) + size_t(i)] - p.zero[group]);
+    }
+    if (exact != int32_t(exact)) fail("a piece of k=%d group=%d overflows", p.k, p.group);
+    sum = sum + (p.group ? float(exact) * p.scale[group] : float(exact));
+  }
+  const float scale = p.group ? row_scale : row_scale * p.scale[size_t(column)];
+  return sum * scale + (p.with_bias ? p.bias[size_t(column)] : 0);
+}
+
 void check_float_product(const Problem& p, int r, int column, double got) {
   double want = p.with_bias ? p.bias[size_t(column)] : 0, magnitude = 1 + std::fabs(want);
   for (int i = 0; i < p.k; ++i) {
@@ -256,11 +284,11 @@ GemmArgs arguments(const Problem& p, void* y, bool quantize_activations) {
           1};
 }
 
-void check_product(const Problem& p, bool quantize_activations, Digest& exact, Digest& split) {
-  const bool two_planes = !quantize_activations;
+void check_product(const Problem& p, bool quantize_activations, Digest& exact, Digest& of_16_bits) {
+  const bool two_planes = !quantize_activations && splits_activations(isa_in_use());
+  const bool int16 = !quantize_activations && !two_planes;
   const bool many = two_planes && multiplies_bf16(Isa::amx, view_of(p).bits, p.m);  // where one level has other bits
-  const bool floats =
-      two_planes && (!splits_activations(isa_in_use()) || multiplies_bf16(isa_in_use(), view_of(p).bits, p.m));
+  const bool floats = two_planes && multiplies_bf16(isa_in_use(), view_of(p).bits, p.m);
   const size_t bytes = size_t(p.m) * size_t(p.n) * size_t(dtype_bytes(p.dtype));
   std::vector<uint8_t> y(bytes + 1, 0xa5), again(bytes), want(bytes);
   GemmArgs args = arguments(p, y.data(), quantize_activations);
@@ -279,14 +307,15 @@ void check_product(const Problem& p, bool quantize_activations, Digest& exact, D
         check_float_product(p, r, c, load(y.data(), p.dtype, i));
         continue;
       }
-      store(want.data(), p.dtype, i, integer_product(p, row, c, two_planes));
+      store(want.data(), p.dtype, i, int16 ? int16_product(p, r, c) : integer_product(p, row, c, two_planes));
       if (!same(y.data(), want.data(), p.dtype, i))
-        return fail("%s m=%d n=%d k=%d group=%d dtype %d row %d column %d: %.9g, not %.9g", two_planes ? "a16" : "a8",
-                    p.m, p.n, p.k, p.group, int(p.dtype), r, c, load(y.data(), p.dtype, i),
-                    load(want.data(), p.dtype, i));
+        return fail("%s m=%d n=%d k=%d group=%d dtype %d row %d column %d: %.9g, not %.9g",
+                    quantize_activations ? "a8" : "a16", p.m, p.n, p.k, p.group, int(p.dtype), r, c,
+                    load(y.data(), p.dtype, i), load(want.data(), p.dtype, i));
       // The bits of a NaN are the processor's own.
       if (!many && !std::isnan(load(y.data(), p.dtype, i)))
-        (two_planes ? split : exact).add(y.data() + i * dtype_bytes(p.dtype), size_t(dtype_bytes(p.dtype)));
+        (quantize_activations ? exact : of_16_bits)
+            .add(y.data() + i * dtype_bytes(p.dtype), size_t(dtype_bytes(p.dtype)));
     }
   }
 }
@@ -437,8 +466,8 @@ void check_codec(Random& rng, Digest& digest) {
 // m, n, k with the reasons of tests/shapes.py: one, odd, one past a panel, a quad or a block, several of each.
 constexpr int kShapes[][3] = {{1, 1, 1},    {1, 16, 16},   {2, 17, 3},  {1, 130, 300}, {3, 40, 64},
                               {5, 33, 31},  {6, 64, 64},   {7, 15, 65}, {13, 49, 257}, {9, 20, 130},
-                              {24, 80, 96}, {67, 23, 520}, {40, 36, 8}, {1, 70, 1030}};
-constexpr int kGroups[] = {0, 16, 32, 128, -1};  // 0: 8 bit; -1: the whole row
+                              {24, 80, 96}, {67, 23, 520}, {40, 36, 8}, {1, 70, 1030}, {7, 18, 2600}};
+constexpr int kGroups[] = {0, 16, 32, 128, 1040, -1};  // 0: 8 bit; -1: the whole row
 
 }  // namespace
 
@@ -448,7 +477,7 @@ int main() {
     return 2;
   }
   Random rng{1};
-  Digest exact, split, codec;
+  Digest exact, of_16_bits, codec;
   int products = 0;
   for (const auto& [m, n, k] : kShapes) {
     for (const int group_size : kGroups) {
@@ -456,7 +485,7 @@ int main() {
         const int group = group_size < 0 ? k : group_size;
         const Problem problem = make_problem(rng, m, n, k, group, dtype);
         for (const bool quantize_activations : {true, false}) {
-          check_product(problem, quantize_activations, exact, split);
+          check_product(problem, quantize_activations, exact, of_16_bits);
           ++products;
         }
       }
@@ -466,10 +495,9 @@ int main() {
   check_add_norm(rng, exact);
   check_recurrent(rng, exact);
   check_codec(rng, codec);
-  const bool splits = splits_activations(isa_in_use());
-  char split_text[17] = "-";
-  if (splits) std::snprintf(split_text, sizeof(split_text), "%016llx", static_cast<unsigned long long>(split.value));
-  std::printf("%s %d products exact=%016llx split=%s codec=%016llx\n", isa_name(isa_in_use()), products,
-              static_cast<unsigned long long>(exact.value), split_text, static_cast<unsigned long long>(codec.value));
+  const char* const kind = splits_activations(isa_in_use()) ? "split" : "int16";
+  std::printf("%s %d products exact=%016llx %s=%016llx codec=%016llx\n", isa_name(isa_in_use()), products,
+              static_cast<unsigned long long>(exact.value), kind, static_cast<unsigned long long>(of_16_bits.value),
+              static_cast<unsigned long long>(codec.value));
   return failures != 0;
 }

@@ -6,7 +6,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kFloatRows = 6;
 constexpr int kDirectSums = 4;  // 8 of 16 registers
 
 struct F32x16 {
@@ -102,11 +101,6 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
 LEPTON_INLINE __m256i pack_u16(I32x16 v) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(v.half[0], v.half[1]), 0xd8);
 }
-// Bits shift..shift + 3 of every lane as a float, 0 to 15.
-template <int shift>
-LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
-  return to_f32(bit_and(shift_right<shift>(a), broadcast_i32(0xf)));
-}
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   const __m256i words = pack_u16(v);
@@ -135,13 +129,15 @@ LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
 constexpr int kQuadBytes = 8;
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activation of 16 registers
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
+constexpr int kInt16Rows = 6;                  // as with int8
 constexpr int kSplitSums = 0;
 
-LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) {
+LEPTON_INLINE void store_int16_quads(uint8_t* p, I32x16 v) {
   const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm256_shuffle_epi8(pack_u16(v), _mm256_broadcastsi128_si256(even_odd)));
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.half[0], v.half[1]), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(even_odd)));
 }
+LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_int16_quads(p, v); }
 
 // acc += a0 * w0 + a1 * w1 of int16 pairs. The sums fill the registers: left to itself gcc computes products ahead,
 // adds them to each other first, and spills most of the sums in every iteration.
@@ -151,7 +147,7 @@ LEPTON_INLINE void add_products(__m256i& acc, __m256i a, __m256i w) {
 }
 
 template <int rows>
-LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+LEPTON_INLINE void dot_int16_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
   unroll<2>([&]<int odd>() LEPTON_LAMBDA_INLINE {
     __m256i pair[2];  // int16 (k0, k2) or (k1, k3) of 8 columns
     unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
@@ -162,6 +158,38 @@ LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
       const __m256i activation = broadcast_quad(a + r * lda + 4 * odd);
       add_products(acc[r].half[0], activation, pair[0]);
       add_products(acc[r].half[1], activation, pair[1]);
+    });
+  });
+}
+
+template <int rows>
+LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+  dot_int16_s8<rows>(acc, a, lda, w);
+}
+
+// Nibble 0 of the int16 in four bytes of 4-bit weights holds k0 and k2, nibble 1 k4 and k6, then k1, k3 and k5, k7: its
+// place among the pairs of activations.
+template <int nibble>
+constexpr int kPairOfNibble = nibble % 2 * 2 + nibble / 2;
+
+// Two shifts and no mask, whose register the sums need.
+template <int nibble>
+LEPTON_INLINE __m256i widen_nibble(__m256i w) {
+  return _mm256_srli_epi16(_mm256_slli_epi16(w, 12 - 4 * nibble), 12);
+}
+
+template <int rows>
+LEPTON_INLINE void dot_int16_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  unroll<8>([&]<int i>() LEPTON_LAMBDA_INLINE {
+    constexpr int nibble = i % 4;
+    __m256i weights[2];
+    unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
+      weights[h] = widen_nibble<nibble>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + i / 4 * 2 + h));
+    });
+    unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+      const __m256i activation = broadcast_quad(a + r * lda + i / 4 * 16 + 4 * kPairOfNibble<nibble>);
+      add_products(acc[r].half[0], activation, weights[0]);
+      add_products(acc[r].half[1], activation, weights[1]);
     });
   });
 }
@@ -181,6 +209,27 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
         sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quad[q], broadcast_quad(a + r * lda + 4 * q)));
       add_products(acc[r].half[h], sum, ones);
     });
+  });
+}
+
+constexpr int kUnpackedStep = kNibbleBlock;
+
+// The same of unpacked nibbles: four products in 16 bit before they are widened.
+template <int rows>
+LEPTON_INLINE void dot_unpacked(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i* const quads = reinterpret_cast<const __m256i*>(w);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+    __m256i sum[2];
+    unroll<kUnpackedStep / kQuad>([&]<int q>() LEPTON_LAMBDA_INLINE {
+      const __m256i activation = broadcast_quad(a + r * lda + kQuad * q);
+      unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
+        const __m256i products = _mm256_maddubs_epi16(_mm256_load_si256(quads + 2 * q + h), activation);
+        sum[h] = q == 0 ? products : _mm256_add_epi16(sum[h], products);
+      });
+    });
+    add_products(acc[r].half[0], sum[0], ones);
+    add_products(acc[r].half[1], sum[1], ones);
   });
 }
 #endif

@@ -9,7 +9,6 @@ namespace {
 constexpr int kQuadBytes = 4;                  // vpdpbusd takes the four bytes as they are
 constexpr int kInt8Rows = 6, kInt8Panels = 4;  // 24 sums + 4 weights of 32 registers
 constexpr int kInt4Rows = 6, kInt4Panels = 2;  // 12 sums + 8 weights
-constexpr int kFloatRows = 12;
 constexpr int kSplitSums = 4;
 constexpr int kDirectSums = 8;  // of 32 registers: two units, four cycles
 
@@ -142,6 +141,16 @@ LEPTON_INLINE void dot_u4(I32x16 (&low)[rows], I32x16 (&high)[rows], const uint8
       low[r].v = _mm512_dpbusd_epi32(low[r].v, first, broadcast_quad(a + r * lda + 8 * j));
       high[r].v = _mm512_dpbusd_epi32(high[r].v, second, broadcast_quad(a + r * lda + 8 * j + 4));
     });
+  });
+}
+
+constexpr int kUnpackedStep = kQuad;
+
+template <int rows>
+LEPTON_INLINE void dot_unpacked(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  const __m512i weights = _mm512_load_si512(w);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+    acc[r].v = _mm512_dpbusd_epi32(acc[r].v, weights, broadcast_quad(a + r * lda));
   });
 }
 

@@ -1,14 +1,19 @@
 // generic.h - the vector operations in plain C++: the meaning of every other header, and what runs below AVX2.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kQuadBytes = 4;  // a quad of activations is its four bytes
+// A quad of activations is int16, in the order k0 k2 k1 k3: SSE2, which every x86-64 has, multiplies pairs of those.
+constexpr int kQuadBytes = 8;
 constexpr int kInt8Rows = 2, kInt8Panels = 1;
 constexpr int kInt4Rows = 2, kInt4Panels = 1;
+constexpr int kInt16Rows = 2;
 constexpr int kSplitSums = 0;
-constexpr int kFloatRows = 2;
 constexpr int kDirectSums = 4;
 
 struct F32x16 {
@@ -126,12 +131,6 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
 }
 #undef LEPTON_LANES
 
-// Bits shift..shift + 3 of every lane as a float, 0 to 15.
-template <int shift>
-LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
-  return to_f32(bit_and(shift_right<shift>(a), broadcast_i32(0xf)));
-}
-
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = uint8_t(v.lane[i]);
 }
@@ -141,27 +140,107 @@ LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
     p[i] = uint8_t((value < -128 ? -128 : value > 127 ? 127 : value) + (biased ? 0 : 128));
   }
 }
-LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
+LEPTON_INLINE void store_int16_quads(uint8_t* p, I32x16 v) {
+  int16_t quads[16];
+  for (int i = 0; i < 16; ++i) quads[i / 4 * 4 + i % 2 * 2 + i / 2 % 2] = int16_t(v.lane[i]);
+  __builtin_memcpy(p, quads, sizeof(quads));
+}
+LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_int16_quads(p, v); }
 
-template <int rows, typename Activation>
-LEPTON_INLINE void dot_quad(I32x16 (&acc)[rows], const Activation* a, int64_t lda, const int8_t* w) {
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < 16; ++c)
-      for (int i = 0; i < 4; ++i) acc[r].lane[c] += int32_t(a[r * lda + i]) * w[4 * c + i];
+// Nibble 0 of the int16 in four bytes of 4-bit weights holds k0 and k2, nibble 1 k4 and k6, then k1, k3 and k5, k7: its
+// place among the pairs of activations.
+template <int nibble>
+constexpr int kPairOfNibble = nibble % 2 * 2 + nibble / 2;
+
+// Two int16 (k0 and k2, or k1 and k3) of each of four columns, of one lane.
+#if defined(__SSE2__)
+using Pairs = __m128i;
+LEPTON_INLINE Pairs load_pairs(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+LEPTON_INLINE Pairs broadcast_pair(const uint8_t* a) {
+  int32_t pair;
+  __builtin_memcpy(&pair, a, 4);
+  return _mm_set1_epi32(pair);
+}
+template <bool high>
+LEPTON_INLINE Pairs widen_bytes(Pairs w) {
+  return _mm_srai_epi16(high ? w : _mm_slli_epi16(w, 8), 8);
+}
+template <int nibble>
+LEPTON_INLINE Pairs widen_nibble(Pairs w) {
+  return _mm_and_si128(_mm_srli_epi16(w, 4 * nibble), _mm_set1_epi16(0xf));
+}
+LEPTON_INLINE void add_products(int32_t* acc, Pairs a, Pairs w) {
+  __m128i* const sums = reinterpret_cast<__m128i*>(acc);
+  _mm_storeu_si128(sums, _mm_add_epi32(_mm_loadu_si128(sums), _mm_madd_epi16(a, w)));
+}
+#else
+struct Pairs {
+  int16_t k[8];
+};
+LEPTON_INLINE Pairs load_pairs(const void* p) {
+  Pairs out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
+}
+LEPTON_INLINE Pairs broadcast_pair(const uint8_t* a) {
+  Pairs out;
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(out.k + 2 * i, a, 4);
+  return out;
+}
+template <bool high>
+LEPTON_INLINE Pairs widen_bytes(Pairs w) {
+  for (int16_t& k : w.k) k = high ? int16_t(k >> 8) : int16_t(int8_t(k));
+  return w;
+}
+template <int nibble>
+LEPTON_INLINE Pairs widen_nibble(Pairs w) {
+  for (int16_t& k : w.k) k = int16_t(uint16_t(k) >> (4 * nibble) & 0xf);
+  return w;
+}
+LEPTON_INLINE void add_products(int32_t* acc, Pairs a, Pairs w) {
+  for (int i = 0; i < 4; ++i) acc[i] += int32_t(a.k[2 * i]) * w.k[2 * i] + int32_t(a.k[2 * i + 1]) * w.k[2 * i + 1];
+}
+#endif
+
+template <int rows>
+LEPTON_INLINE void dot_int16_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+  unroll<4>([&]<int c>() LEPTON_LAMBDA_INLINE {
+    const Pairs bytes = load_pairs(w + 16 * c), even = widen_bytes<false>(bytes), odd = widen_bytes<true>(bytes);
+    unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+      add_products(acc[r].lane + 4 * c, broadcast_pair(a + r * lda), even);
+      add_products(acc[r].lane + 4 * c, broadcast_pair(a + r * lda + 4), odd);
+    });
+  });
 }
 
 template <int rows>
 LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
-  dot_quad<rows>(acc, a, lda, w);
+  dot_int16_s8<rows>(acc, a, lda, w);
+}
+
+template <int rows>
+LEPTON_INLINE void dot_int16_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
+  unroll<8>([&]<int v>() LEPTON_LAMBDA_INLINE {
+    constexpr int c = v % 4;
+    const Pairs nibbles = load_pairs(w + 16 * v);
+    unroll<4>([&]<int i>() LEPTON_LAMBDA_INLINE {
+      const Pairs weights = widen_nibble<i>(nibbles);
+      unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+        add_products(acc[r].lane + 4 * c, broadcast_pair(a + r * lda + v / 4 * 16 + 4 * kPairOfNibble<i>), weights);
+      });
+    });
+  });
 }
 
 template <int rows>
 LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
-  int8_t quad[64];
-  for (int q = 0; q < 4; ++q, a += 4) {
-    for (int i = 0; i < 64; ++i) quad[i] = int8_t((w[64 * (q / 2) + i] >> (4 * (q % 2))) & 0xf);
-    dot_quad<rows>(acc, reinterpret_cast<const int8_t*>(a), lda, quad);
+  uint8_t quads[rows][16 * sizeof(int16_t)];
+  for (int r = 0; r < rows; ++r) {
+    I32x16 k;
+    for (int i = 0; i < 16; ++i) k.lane[i] = int8_t(a[r * lda + i]);
+    store_int16_quads(quads[r], k);
   }
+  dot_int16_u4<rows>(acc, quads[0], sizeof(quads[0]), w);
 }
 
 }  // namespace

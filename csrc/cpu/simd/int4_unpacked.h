@@ -1,5 +1,5 @@
-// int4_unpacked.h - 4-bit weights for many rows on AVX-512 without tile registers: some groups of four panels are
-// unpacked to bytes, which stay in the first-level cache while rows pass by.
+// int4_unpacked.h - 4-bit weights for many rows on AVX2 (w4a8) and on AVX-512 without tile registers: some groups of
+// one panel or four are unpacked to bytes, which stay in the first-level cache while rows pass by.
 #pragma once
 
 #include "cpu/gemm_tile.h"
@@ -8,7 +8,7 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kUnpackedK = 256;    // k of four panels that are unpacked at a time: 16 KiB
+constexpr int kUnpackedK = 256;    // k that are unpacked at a time: of four panels 16 KiB
 constexpr int kUnpackedRows = 48;  // of all planes, that pass by before the next k: 12 KiB of sums
 
 constexpr int kUnpackedLeastRows = 12;  // of all planes, that pay for unpacking
@@ -23,27 +23,19 @@ LEPTON_INLINE void unpack_nibbles(const uint8_t* w, int k, uint8_t* out) {
   }
 }
 
-// acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A int8, W uint8 [16][4] on 64 bytes.
-template <int rows>
-LEPTON_INLINE void dot_u8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const uint8_t* w) {
-  const __m512i weights = _mm512_load_si512(w);
-  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
-    acc[r].v = _mm512_dpbusd_epi32(acc[r].v, weights, broadcast_quad(a + r * lda));
-  });
-}
-
 // Adds group g, unpacked at w (panels panel_stride bytes apart), to the sums y[row][panels][16], or, if it is the last,
 // writes Y.
 template <int planes, int rows, int panels>
-LEPTON_INLINE void multiply_group(const GemmTile& tile, int row, int panel0, int g, int quads, const uint8_t* w,
+LEPTON_INLINE void multiply_group(const GemmTile& tile, int row, int panel0, int g, int steps, const uint8_t* w,
                                   int64_t panel_stride, float* y) {
   const PackedWeight& weight = tile.weight;
   const int groups = weight.groups();
   const uint8_t* a = tile.q.q + row * tile.q.stride + int64_t(g) * weight.group;
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
-  for (int q = 0; q < quads; ++q, a += kQuad, w += kPanel * kQuad)
-    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { dot_u8<rows>(acc[p], a, tile.q.stride, w + p * panel_stride); });
+  for (int s = 0; s < steps; ++s, a += kUnpackedStep, w += kPanel * kUnpackedStep)
+    unroll<panels>([&]<int p>()
+                       LEPTON_LAMBDA_INLINE { dot_unpacked<rows>(acc[p], a, tile.q.stride, w + p * panel_stride); });
   // Through memory: gcc keeps the sums of the loop above in registers only if nothing else is done with them.
   alignas(64) int32_t sums[panels][rows][kPanel];
   unroll<panels * rows>([&]<int i>()
@@ -90,7 +82,7 @@ LEPTON_INLINE void multiply_unpacked(const GemmTile& tile, int panel0) {
       for_row_blocks<kRows, planes>(rows_here, [&]<int rows>(int row) LEPTON_LAMBDA_INLINE {
         for (int g = g0; g < g_end; ++g) {
           const int from = (g - g0) * weight.group, count = k - from < weight.group ? k - from : weight.group;
-          multiply_group<planes, rows, panels>(tile, row0 + row, panel0, g, divide_up(count, kQuad),
+          multiply_group<planes, rows, panels>(tile, row0 + row, panel0, g, divide_up(count, kUnpackedStep),
                                                unpacked + from * kPanel, kPanelStride,
                                                y + row / planes * panels * kPanel);
         }
@@ -104,13 +96,18 @@ void multiply_all_unpacked(const GemmTile& tile) {
   int panel = tile.panel_begin;
   for (; panel + kInt8Panels <= tile.panel_end; panel += kInt8Panels)
     multiply_unpacked<planes, kInt8Rows, kInt8Panels>(tile, panel);
-  for (; panel < tile.panel_end; ++panel) multiply_unpacked<planes, kInt8Rows, 1>(tile, panel);
+  if constexpr (kInt8Panels > 1)
+    for (; panel < tile.panel_end; ++panel) multiply_unpacked<planes, kInt8Rows, 1>(tile, panel);
 }
 
 // Whether it did.
 LEPTON_INLINE bool multiply_many_rows(const GemmTile& tile) {
   if (tile.rows * tile.q.planes < kUnpackedLeastRows || tile.weight.group > kUnpackedK) return false;
-  tile.q.planes == 1 ? multiply_all_unpacked<1>(tile) : multiply_all_unpacked<2>(tile);
+  if (tile.q.planes == 1) {
+    multiply_all_unpacked<1>(tile);
+  } else {
+    if constexpr (splits_activations(Isa::LEPTON_ISA)) multiply_all_unpacked<2>(tile);
+  }
   return true;
 }
 

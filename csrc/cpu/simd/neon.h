@@ -10,7 +10,6 @@ constexpr int kQuadBytes = 4;                  // four bytes, less 128 (signed_q
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 4 weights + 4 activations of 32 registers
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 16 sums + 4 activations + 4 weights + the mask
 constexpr int kSplitSums = 0;
-constexpr int kFloatRows = 6;
 constexpr int kDirectSums = 4;  // 16 of 32 registers
 
 struct F32x16 {
@@ -115,12 +114,6 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
   LEPTON_PARTS(I32x16, a.part[i] >> n);
 }
 #undef LEPTON_PARTS
-
-// Bits shift..shift + 3 of every lane as a float, 0 to 15.
-template <int shift>
-LEPTON_INLINE F32x16 nibble_f32(I32x16 a) {
-  return to_f32(bit_and(shift_right<shift>(a), broadcast_i32(0xf)));
-}
 
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   const int16x8_t words[2] = {vmovn_high_s32(vmovn_s32(v.part[0]), v.part[1]),

@@ -9,6 +9,7 @@
 //   broadcast_i32  load_i32  load_u8 (16 bytes)  store_i32  add  sub  mul  min  max  bit_and  bit_xor
 //   shift_left<n>  shift_right<n> (logical)  shift_right_signed<n>
 //   store_quads(p, i)   16 values in 0..255 as 4 quads of the level's layout, kQuadBytes a quad
+//   store_int16_quads(p, i)     16 values as 4 quads of int16, in the order k0 k2 k1 k3
 //   store_u8(p, i)      16 values in 0..255 as bytes
 //   store_64(p, i[4], biased)   64 values clamped to -128..127 as int8 (biased), or with 128 added as uint8
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads (uint8, or int8 where signed_quads), W
@@ -16,8 +17,13 @@
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //   dot_u4<rows>(low, high, ...)   the same in two sums, low + high / 16; for at most kSplitSums of low
 //
-// kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kFloatRows are the tiles whose sums fit the registers,
-// kDirectSums the sums for one row, and of gemm_dequant for few. amx.h adds tile registers to the operations of
+//   dot_int16_s8<rows>  dot_int16_u4<rows>   the same with A in quads of int16
+//   dot_unpacked<rows>  acc[r] += A[r, 0..kUnpackedStep] . W[0..kUnpackedStep, 16 columns]: A int8, W nibbles as uint8
+//                       [kUnpackedStep / 4][16][4] on 64 bytes
+//
+// kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kInt16Rows x 1 are the tiles whose sums fit the registers,
+// kDirectSums the sums for one row. What is of int16 exists at the levels that do not multiply bytes fast
+// (splits_activations), what is of unpacked nibbles on AVX2 and AVX-512. amx.h adds tile registers to the operations of
 // avx512vnni.h.
 #pragma once
 
@@ -26,6 +32,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
+#include "cpu/packed_weight.h"
 #include "cpu/simd/unroll.h"
 
 #if defined(LEPTON_ISA_AMX)
