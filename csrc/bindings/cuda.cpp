@@ -26,9 +26,7 @@ T* at(uintptr_t address) {
 void bind_gemm(int bits, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t scales, uintptr_t row_scale,
                uintptr_t row_zero, uintptr_t column_sum, uintptr_t bias, uintptr_t y, int m, int n, int k, int dtype,
                int activation, uintptr_t stream) {
-  if (m < 1 || m > cuda::kMostFewRows)
-    throw py::value_error("cuda_gemm: m is " + std::to_string(m) + "; allowed: 1 to " +
-                          std::to_string(cuda::kMostFewRows));
+  if (m < 1) throw py::value_error("cuda_gemm: m is " + std::to_string(m) + "; allowed: 1 and more");
   cuda::GemmArgs args{};
   args.x = at<void>(x), args.x_stride = x_stride;
   args.weight = at<uint8_t>(weight);
@@ -65,7 +63,7 @@ void bind_cuda(py::module_& module) {
   module.def(
       "cuda_architectures", [=] { return compiled_for; }, "Compute capabilities, times ten, of the native GPU code.");
   module.def(
-      "cuda_most_rows", [=] { return few_rows; }, "The most rows of X that cuda_gemm takes; 0 where there is none.");
+      "cuda_most_rows", [=] { return few_rows; }, "The most rows of X that cuda_gemm takes on every GPU; 0 where there is none.");
 }
 
 }  // namespace lepton

@@ -1,4 +1,5 @@
-// gemm.h - Y[m, n] = activation(X[m, k] @ W[n, k]^T + bias) on a GPU for few rows of X (gemm_few_rows.cuh).
+// gemm.h - Y[m, n] = activation(X[m, k] @ W[n, k]^T + bias) on a GPU, for few rows of X (gemm_few_rows.cuh), and for
+// any number on Hopper (gemm_many_rows.cuh: w8a16, and w4a16 with bf16).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +10,7 @@
 
 namespace lepton::cuda {
 
-constexpr int kMostFewRows = 16;   // rows of X
+constexpr int kMostFewRows = 16;   // rows of X, for gemm_few_rows.cuh
 constexpr int kGroupOutputs = 64;  // n is padded to a multiple of it in GemmArgs::groups: the most outputs of a warp
 
 // All pointers are device memory. The rows of X and W start at multiples of 16 bytes and are of such a length.

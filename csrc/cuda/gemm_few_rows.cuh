@@ -17,8 +17,8 @@
 // a block.
 #pragma once
 
+#include "cuda/epilogue.cuh"
 #include "cuda/fragments.cuh"
-#include "cuda/gemm.h"
 
 namespace lepton::cuda {
 
@@ -27,15 +27,6 @@ constexpr int kOutputs = 16;     // of a tile: the rows of mma's A
 constexpr int kSliceRows = 8;    // rows of X in a slice: the columns of mma's B
 constexpr int kBlockBytes = 64;  // of a row of W in a block of k
 constexpr int kLaneBytes = 16;   // of them a lane's
-
-// 16 bytes past the first-level cache: W is read once.
-__device__ inline uint4 load_once(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
-}
 
 // int8 X: the integers of both operands as they are.
 struct W8A8 {
@@ -136,49 +127,6 @@ struct W4A16 {
     }
   }
 };
-
-__device__ inline float activate(float y, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return y;
-    case Activation::relu:
-      return y < 0 ? 0.f : y;
-    case Activation::silu:
-      return y / (1 + expf(-y));
-    case Activation::gelu:
-      return 0.5f * y * (1 + erff(0.7071067811865476f * y));
-    case Activation::gelu_tanh:
-      return y / (1 + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
-  }
-  return y;
-}
-
-// Y[row, output] of a finished sum; every float step rounds by itself, as in reference.py.
-__device__ inline void finish(const GemmArgs& args, int row, int output, float y) {
-  if (args.bias) y = __fadd_rn(y, args.bias[output]);
-  y = activate(y, args.activation);
-  const int64_t at = int64_t(row) * args.n + output;
-  switch (args.dtype) {
-    case Dtype::f32:
-      static_cast<float*>(args.y)[at] = y;
-      break;
-    case Dtype::bf16:
-      static_cast<__nv_bfloat16*>(args.y)[at] = __float2bfloat16_rn(y);
-      break;
-    case Dtype::f16:
-      static_cast<__half*>(args.y)[at] = __float2half_rn(y);
-      break;
-  }
-}
-
-__device__ inline float scaled(const GemmArgs& args, int row, int output, int sum) {
-  const int exact = sum - args.row_zero[row] * args.column_sum[output];
-  return __fmul_rn(float(exact), __fmul_rn(args.row_scale[row], args.scale[output]));
-}
-
-__device__ inline float scaled(const GemmArgs& args, int, int output, float sum) {
-  return args.scale ? sum * args.scale[output] : sum;
-}
 
 // A lane's part of a block of k.
 template <class Format, int kTiles, int kSlices>

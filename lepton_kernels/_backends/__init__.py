@@ -1,4 +1,4 @@
-"""Who computes an operator on which device: cpu (native), cuda (native for few rows, else triton)."""
+"""Who computes an operator on which device: cpu (native), cuda (native for few rows and on Hopper, else triton)."""
 
 from lepton_kernels._runtime import C
 
@@ -7,8 +7,10 @@ def kernel_name(scheme: str, device: str) -> str:
     """What serves a scheme on a type of device ("cpu", "cuda"), as lk.backends() and the reports show it."""
     kernel = "gemm_int8" if scheme.startswith("w8") else "gemm_int4"
     if device == "cuda":
-        native = C.cuda_most_rows() and scheme != "w4a8"
-        return f"{kernel}[cuda up to {C.cuda_most_rows()} rows, triton]" if native else f"{kernel}[triton]"
+        if not C.cuda_most_rows() or scheme == "w4a8":
+            return f"{kernel}[triton]"
+        hopper = " and on sm_90" if scheme.endswith("a16") else ""
+        return f"{kernel}[cuda up to {C.cuda_most_rows()} rows{hopper}, triton]"
     if scheme.endswith("a16") and not C.splits_activations():
         kernel = "gemm_int16"
     return f"{kernel}[{C.isa()}]"

@@ -1,7 +1,7 @@
-"""Quantized GEMM on CUDA tensors: native kernels (csrc/cuda) for few rows of X, Triton for the rest.
+"""Quantized GEMM on CUDA tensors: native kernels (csrc/cuda) for few rows of X and for Hopper, Triton for the rest.
 
 The native kernels read the saved weight as it is. They take bf16, fp16 and, for w8a8, any float type; up to
-C.cuda_most_rows() rows; rows of X and W that start at multiples of 16 bytes; int4 groups of a multiple of 128, with
+C.cuda_most_rows() rows, and on compute capability 9.0 any number with w8a16, and with w4a16 and bf16; rows of X and W that start at multiples of 16 bytes; int4 groups of a multiple of 128, with
 bf16 scales. w4a8 is Triton's alone. A row of X that holds an infinity is NaN altogether with int4.
 """
 
@@ -39,15 +39,23 @@ def _native(device: int) -> bool:
     return any(arch // 10 == major and (major == 8 or arch == 10 * major + minor) for arch in C.cuda_architectures())
 
 
+@functools.cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _aligned(tensor: Tensor, row_bytes: int) -> bool:
     return tensor.data_ptr() % _ALIGNMENT == 0 and row_bytes % _ALIGNMENT == 0
 
 
-def _takes(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
-    """Whether the native kernels take these operands, the types of X and the groups aside."""
+def _takes(x: Tensor, rows: Tensor, weight: Tensor, many: bool) -> bool:
+    """Whether the native kernels take these operands, the types of X and the groups aside.
+
+    many: whether there is a kernel for any number of rows, on Hopper.
+    """
     return (
-        0 < rows.shape[0] <= C.cuda_most_rows()
-        and _native(x.device.index)
+        _native(x.device.index)
+        and (rows.shape[0] <= C.cuda_most_rows() or (many and _hopper(x.device.index)))
         and weight.is_contiguous()
         and _aligned(weight, weight.shape[1] * weight.element_size())
     )
@@ -78,7 +86,7 @@ def gemm_int8(
     """The operator lepton::gemm_int8 on CUDA tensors."""
     rows = triton.rows_of(x)
     floats = x.dtype is not torch.float32 and _aligned(rows, rows.stride(0) * rows.element_size())
-    if (quantize_activations or floats) and _takes(x, rows, weight_packed):
+    if (quantize_activations or floats) and _takes(x, rows, weight_packed, not quantize_activations):
         y = x.new_empty(*x.shape[:-1], weight_packed.shape[0])
         if y.numel():
             operand = _Rows(*triton.quantize_rows(rows)) if quantize_activations else _Rows(rows)
@@ -108,7 +116,7 @@ def gemm_int4(
         and weight_scale.dtype is torch.bfloat16
         and k % (2 * _ALIGNMENT) == 0
         and (size % _BLOCK_K == 0 or size >= k)
-        and _takes(x, rows, weight_packed)
+        and _takes(x, rows, weight_packed, x.dtype is torch.bfloat16)
         and _aligned(rows, rows.stride(0) * rows.element_size())
     ):
         y = x.new_empty(*x.shape[:-1], weight_packed.shape[0])

@@ -24,6 +24,21 @@ SHAPES = [
     (9, 130, 2048),  # one past a slice
     (16, 4096, 4096),
 ]
+MANY = [  # every tile of gemm_many_rows.cuh, k split and not, edges of all
+    (17, 16, 32),
+    (33, 70, 96),
+    (31, 250, 1056),
+    (64, 4096, 4096),
+    (65, 130, 2080),
+    (200, 3000, 1024),
+    (257, 8200, 512),
+    (1100, 4104, 416),
+    (2500, 1030, 160),
+]
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not C.cuda_most_rows(),
+    reason="needs a GPU of compute capability 9.0 and a build with LEPTON_CUDA",
+)
 
 
 @pytest.fixture
@@ -79,6 +94,30 @@ def test_gemm_int4(m, n, k, dtype, group_size, symmetric, rng, native):
     assert ((got - want).abs() <= float_bound(x, dense, dtype)).all()
 
 
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), MANY)
+def test_gemm_int8_many_rows(m, n, k, dtype, rng, native):
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+    got = cuda.gemm_int8(*on_gpu(x, weight, scale, bias), False).cpu().float()
+    want = reference.gemm_int8(x, weight, scale, bias, False).float()
+    assert ((got - want).abs() <= float_bound(x, reference.dequantize_int8(weight, scale), dtype)).all()
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group_size", "symmetric"), [(128, False), (256, True), (-1, False)])
+@pytest.mark.parametrize(("m", "n", "k"), MANY)
+def test_gemm_int4_many_rows(m, n, k, group_size, symmetric, rng, native):
+    x, weight, scale, zero, bias = make_int4(m, n, k, group_size, symmetric, torch.bfloat16, rng)
+    got = cuda.gemm_int4(*on_gpu(x, weight, scale, zero, bias), group_size, False).cpu().double()
+    dense = reference.dequantize_int4(weight, scale, zero, k, group_size)
+    want = reference.gemm_int4(x, weight, scale, zero, bias, group_size, False).double()
+    assert ((got - want).abs() <= float_bound(x, dense, torch.bfloat16)).all()
+    assert (got - want).norm() <= 4e-3 * want.norm()  # rounded weights and results; a wrong weight is far off
+
+
 @needs_gpu
 @pytest.mark.gpu
 def test_what_they_do_not_take_goes_to_triton(rng):
@@ -95,8 +134,9 @@ def test_what_they_do_not_take_goes_to_triton(rng):
 
 @needs_gpu
 @pytest.mark.gpu
-def test_results_do_not_vary_and_graphs_capture_them(rng, native):
-    x, weight, scale, zero, bias = on_gpu(*make_int4(16, 1000, 4096, 128, False, torch.bfloat16, rng))
+@pytest.mark.parametrize("m", [16, pytest.param(50, marks=needs_hopper)])
+def test_results_do_not_vary_and_graphs_capture_them(m, rng, native):
+    x, weight, scale, zero, bias = on_gpu(*make_int4(m, 1000, 4096, 128, False, torch.bfloat16, rng))
     want = cuda.gemm_int4(x, weight, scale, zero, bias, 128, False)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
