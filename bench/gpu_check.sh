@@ -19,7 +19,7 @@ parallel=$("$python" -c 'import xdist; print("-n 8")' 2> /dev/null || true) # co
 if command -v compute-sanitizer > /dev/null; then
   step "compute-sanitizer memcheck"
   compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.log" \
-    "$python" -m pytest tests/gpu -m gpu -q -k "quantize_rows or (gemm and 17-70) or 7-250 or graphs"
+    "$python" -m pytest tests/gpu -m gpu -q -k "quantize_rows or (gemm and 17-70) or 7-250 or 31-250 or 33-70 or graphs"
   tail -3 "$out/memcheck.log"
 fi
 step "benchmarks"

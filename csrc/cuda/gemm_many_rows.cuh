@@ -26,7 +26,7 @@
 
 namespace lepton::cuda {
 
-constexpr int kGroupThreads = 128, kGroups = 2, kMultiplyThreads = kGroups * kGroupThreads;
+constexpr int kGroupThreads = 128;
 constexpr int kTileOutputs = 64;    // of a group's tile
 constexpr int kRowBlockBytes = 64;  // of a row of W in a block of k
 constexpr int kPartBytes = 16;      // of them a lane's
@@ -89,17 +89,12 @@ struct WideInt4 {
   }
 };
 
-template <int value_>
-struct Eight {
-  static constexpr int value = value_;
-};
-
 // Where a thread block's part of Y and of k lies.
 struct Place {
   int row0, output0, begin, end;  // blocks of k
 };
 
-template <class Format, int kRows, int kTiles>
+template <class Format, int kRows, int kTiles, int kGroups>
 __device__ inline Place place_of(const GemmArgs& args, int splits) {
   constexpr int kColumns = kGroups * kTiles * kTileOutputs;
   // Some tiles of rows with all outputs, then the next: what runs at the same time shares X and W in the second-level
@@ -120,21 +115,23 @@ __device__ inline Place place_of(const GemmArgs& args, int splits) {
 
 // Shared memory of a thread block: kStages blocks of k, each X in pieces of 64 k, then W; in the end the sums;
 // barriers.
-template <class Format, int kRows, int kTiles>
+template <class Format, int kRows, int kTiles, int kGroups>
 struct Shared {
   static constexpr int kColumns = kGroups * kTiles * kTileOutputs;
   static constexpr int kPieces = Format::kBlock / 64, kPieceBytes = kRows * 128;
   static constexpr int kXBytes = kPieces * kPieceBytes, kStageBytes = kXBytes + kColumns * kRowBlockBytes;
   static constexpr int kMost =
-      kRows * kTiles > 64 ? 200 * 1024 : 72 * 1024;  // small tiles: three thread blocks at once
+      kColumns * kRows > 128 * 64 ? 200 * 1024 : 72 * 1024;  // small tiles: three thread blocks at once
   static constexpr int kStages = kMost / kStageBytes < 8 ? kMost / kStageBytes : 8;
   static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
   static constexpr int kSumStride = kColumns + 4;  // lanes of a warp then write to different banks
   static constexpr int kSumBytes = kRows * kSumStride * 4;
   static constexpr int kBarriers = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
-  // Registers come in warps' fours: a large tile needs more than a third of them for each group.
-  static constexpr bool kLarge = kRows * kTiles > 128;
+  static constexpr int kMultiplyThreads = kGroups * kGroupThreads;
+  // A large tile needs more than an equal share of the registers, which change hands between groups of four warps.
+  static constexpr bool kLarge = kColumns * kRows > 128 * 128;
   static constexpr int kThreads = kMultiplyThreads + (kLarge ? kGroupThreads : 32);
+  static constexpr int kRegisters = kGroups == 2 ? 240 : 112;        // what the others leave of them
   static constexpr int kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to begin at a multiple of 1024
 
   uint32_t address;
@@ -146,11 +143,13 @@ struct Shared {
 
 #ifdef LEPTON_WGMMA
 // The warp that copies: all blocks of k, each as soon as its place is free.
-template <class Format, int kRows, int kTiles>
-__device__ inline void copy_blocks(const Shared<Format, kRows, kTiles>& shared, const Place& place,
+template <class Format, int kRows, int kTiles, int kGroups>
+__device__ inline void copy_blocks(const Shared<Format, kRows, kTiles, kGroups>& shared, const Place& place,
                                    const CUtensorMap& x, const CUtensorMap& w) {
-  using S = Shared<Format, kRows, kTiles>;
-  if (threadIdx.x != kMultiplyThreads) return;
+  using S = Shared<Format, kRows, kTiles, kGroups>;
+  if (threadIdx.x != S::kMultiplyThreads) return;
+  prefetch_map(x);
+  prefetch_map(w);
   for (int block = 0; block < place.end - place.begin; ++block) {
     const int at = place.begin + block;
     const uint32_t stage = shared.stage(block), full = shared.full(block);
@@ -212,99 +211,130 @@ struct Weights {
   }
 };
 
-// One step of 16 k after the other: while the tensor core multiplies one, the next one's weights are widened. Once the
-// products of the block before are done, its place is free: `before`, its barrier, or 0.
-template <class Format, int kRows, int kTiles, int kSums, int step = 0>
-__device__ inline void multiply_steps(float (&sums)[kTiles][kSums], const Weights<Format, kTiles>& weights,
-                                      uint32_t stage, uint32_t before) {
-  if constexpr (step < Format::kBlock / 16) {
-    uint32_t a[kTiles][4];
+// The weights of a step of 16 k, as the tensor core takes them.
+template <class Format, int kTiles>
+struct Fragments {
+  uint32_t a[kTiles][4];
+
+  template <int step>
+  __device__ void widen(const Weights<Format, kTiles>& weights) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto widened = [&](auto eight) {
-          return Format::template widened<step, decltype(eight)::value>(
-              weights.x[tile][half], weights.scale[tile][half], weights.offset[tile][half]);
-        };
-        a[tile][half] = widened(Eight<0>());
-        a[tile][2 + half] = widened(Eight<1>());
+        const auto& x = weights.x[tile][half];
+        const uint32_t scale = weights.scale[tile][half], offset = weights.offset[tile][half];
+        a[tile][half] = Format::template widened<step, 0>(x, scale, offset);
+        a[tile][2 + half] = Format::template widened<step, 1>(x, scale, offset);
       }
-    const uint64_t b =
-        advanced(tile_descriptor(stage + step / 4 * Shared<Format, kRows, kTiles>::kPieceBytes), step % 4);
-    begin_products();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) Wgmma<typename Format::Type>::multiply(sums[tile], a[tile], b);
-    end_products();
-    wait_products<1>();
-    if (step == 0 && before != 0 && threadIdx.x % 32 == 0) arrive(before);
-    __syncwarp();
-    multiply_steps<Format, kRows, kTiles, kSums, step + 1>(sums, weights, stage, before);
   }
+};
+
+// The steps of a block of k: while the tensor core multiplies one, the next one's weights are widened. Once the
+// products of the block before are done, its place is free: `before`, its barrier, or 0.
+template <class Format, int kPieceBytes, int kTiles, int kSums, int step = 0>
+__device__ inline void multiply_steps(float (&sums)[kTiles][kSums], const Weights<Format, kTiles>& weights,
+                                      const Fragments<Format, kTiles>& fragments, uint32_t stage, uint32_t before) {
+  const uint64_t b = advanced(tile_descriptor(stage + step / 4 * kPieceBytes), step % 4);
+  begin_products();
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) Wgmma<typename Format::Type>::multiply(sums[tile], fragments.a[tile], b);
+  end_products();
+  Fragments<Format, kTiles> next;
+  constexpr bool more = step + 1 < Format::kBlock / 16;
+  if constexpr (more) next.template widen<step + 1>(weights);
+  wait_products<1>();
+  if (step == 0) {
+    if (before != 0 && threadIdx.x % 32 == 0) arrive(before);
+    __syncwarp();
+  }
+  if constexpr (more) multiply_steps<Format, kPieceBytes, kTiles, kSums, step + 1>(sums, weights, next, stage, before);
 }
 
-// Four neighbouring outputs of a row.
-__device__ inline void finish_four(const GemmArgs& args, int row, int output, const float4& sum) {
-  const float* const sums = &sum.x;
-  if (output + 4 <= args.n && args.n % 4 == 0) {
-    uint16_t y[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float v = scaled(args, row, output + i, sums[i]);
-      if (args.bias) v = __fadd_rn(v, args.bias[output + i]);
-      v = activate(v, args.activation);
-      y[i] = args.dtype == Dtype::f16 ? __half_as_ushort(__float2half_rn(v))
-                                      : __bfloat16_as_ushort(__float2bfloat16_rn(v));
-    }
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.y) + int64_t(row) * args.n + output) =
-        make_uint2(y[0] | uint32_t(y[1]) << 16, y[2] | uint32_t(y[3]) << 16);
-    return;
+// Outlined, so that a call which needs neither does not fetch their instructions.
+__device__ __noinline__ float4 activated(float4 v, Activation activation) {
+  return make_float4(activate(v.x, activation), activate(v.y, activation), activate(v.z, activation),
+                     activate(v.w, activation));
+}
+__device__ __noinline__ void store_some(uint16_t* y, uint2 four, int count) {
+  for (int i = 0; i < count; ++i) y[i] = uint16_t((i < 2 ? four.x : four.y) >> (16 * (i % 2)));
+}
+
+template <class T>
+__device__ inline uint32_t rounded_pair(float low, float high) {
+  const T pair[2] = {Pair<T>::from(low), Pair<T>::from(high)};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+
+// Four neighbouring outputs of a row, from output on, a multiple of four.
+template <class T, bool kScaled>
+__device__ inline void finish_four(const GemmArgs& args, int row, int output, float4 v) {
+  const int count = min(4, args.n - output);
+  const auto of_outputs = [&](const float* values) {
+    const int last = args.n - 1;
+    return make_float4(values[output], values[min(output + 1, last)], values[min(output + 2, last)],
+                       values[min(output + 3, last)]);
+  };
+  if constexpr (!kScaled) {  // in its weights
+    const float4 scale = of_outputs(args.scale);
+    v.x *= scale.x, v.y *= scale.y, v.z *= scale.z, v.w *= scale.w;
   }
-  for (int i = 0; i < 4; ++i)
-    if (output + i < args.n) finish(args, row, output + i, scaled(args, row, output + i, sums[i]));
+  if (args.bias) {
+    const float4 bias = of_outputs(args.bias);
+    v = make_float4(__fadd_rn(v.x, bias.x), __fadd_rn(v.y, bias.y), __fadd_rn(v.z, bias.z), __fadd_rn(v.w, bias.w));
+  }
+  if (args.activation != Activation::none) v = activated(v, args.activation);
+  const uint2 four = make_uint2(rounded_pair<T>(v.x, v.y), rounded_pair<T>(v.z, v.w));
+  uint16_t* const y = static_cast<uint16_t*>(args.y) + int64_t(row) * args.n + output;
+  if (args.n % 4 == 0)
+    *reinterpret_cast<uint2*>(y) = four;
+  else
+    store_some(y, four, count);
 }
 #endif
 
-template <class Format, int kRows, int kTiles>
-__global__ __launch_bounds__(Shared<Format, kRows, kTiles>::kThreads) void gemm_many_rows(
+template <class Format, int kRows, int kTiles, int kGroups>
+__global__ __launch_bounds__(Shared<Format, kRows, kTiles, kGroups>::kThreads) void gemm_many_rows(
     const GemmArgs args, int splits, const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w) {
 #ifdef LEPTON_WGMMA
   namespace cg = cooperative_groups;
-  using S = Shared<Format, kRows, kTiles>;
+  using S = Shared<Format, kRows, kTiles, kGroups>;
   constexpr int kSums = kRows / 2;
   extern __shared__ uint8_t memory[];
   const uint32_t unaligned = uint32_t(__cvta_generic_to_shared(memory));
   const S shared{(unaligned + 1023) & ~1023u};
-  const Place place = place_of<Format, kRows, kTiles>(args, splits);
+  const Place place = place_of<Format, kRows, kTiles, kGroups>(args, splits);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       init_barrier(shared.full(stage), 1);
-      init_barrier(shared.empty(stage), kGroups * kGroupThreads / 32);
+      init_barrier(shared.empty(stage), S::kMultiplyThreads / 32);
     }
     publish_barriers();
   }
   __syncthreads();
 
-  if (threadIdx.x >= kMultiplyThreads) {
+  if (threadIdx.x >= S::kMultiplyThreads) {
     if constexpr (S::kLarge) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     return copy_blocks(shared, place, x, w);
   }
-  if constexpr (S::kLarge) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  if constexpr (S::kLarge) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters));
   float sums[kTiles][kSums] = {};
   if (const int blocks = place.end - place.begin; blocks > 0) {
     Weights<Format, kTiles> weights(args, place);
     wait(shared.full(0), 0);
     weights.load(shared.stage(0) + S::kXBytes, blocks == 1);
     for (int block = 0; block < blocks; ++block) {
-      multiply_steps<Format, kRows, kTiles, kSums>(sums, weights, shared.stage(block),
-                                                   block > 0 ? shared.empty(block - 1) : 0);
+      Fragments<Format, kTiles> first;
+      first.template widen<0>(weights);
+      multiply_steps<Format, S::kPieceBytes>(sums, weights, first, shared.stage(block),
+                                             block > 0 ? shared.empty(block - 1) : 0);
       if (block + 1 == blocks) break;
       wait(shared.full(block + 1), S::parity(block + 1));
       weights.load(shared.stage(block + 1) + S::kXBytes, block + 2 == blocks);
     }
     wait_products<0>();
   }
-  const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyThreads) : "memory"); };
+  const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kMultiplyThreads) : "memory"); };
   synchronize();
 
   float* const shared_sums = reinterpret_cast<float*>(memory + (shared.address - unaligned));
@@ -320,25 +350,26 @@ __global__ __launch_bounds__(Shared<Format, kRows, kTiles>::kThreads) void gemm_
   splits == 1 ? synchronize() : cluster.sync();
   constexpr int kFours = kRows * S::kColumns / 4;
   const int each = kFours / splits;  // all are powers of two
-  for (int i = int(blockIdx.z) * each + threadIdx.x; i < int(blockIdx.z + 1) * each; i += kMultiplyThreads) {
+  for (int i = int(blockIdx.z) * each + threadIdx.x; i < int(blockIdx.z + 1) * each; i += S::kMultiplyThreads) {
     const int row = i / (S::kColumns / 4), output = i % (S::kColumns / 4) * 4, at = row * S::kSumStride + output;
     if (place.row0 + row >= args.m || place.output0 + output >= args.n) continue;
     float4 sum = {};
+#pragma unroll 1
     for (int part = 0; part < splits; ++part) {
       const float* const of = splits == 1 ? shared_sums : cluster.map_shared_rank(shared_sums, part);
       const float4 v = *reinterpret_cast<const float4*>(of + at);
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    finish_four(args, place.row0 + row, place.output0 + output, sum);
+    finish_four<typename Format::Type, Format::kScaled>(args, place.row0 + row, place.output0 + output, sum);
   }
   if (splits > 1) cluster.sync();  // its shared memory must outlive the others' reads
 #endif
 }
 
-template <class Format, int kRows, int kTiles>
+template <class Format, int kRows, int kTiles, int kGroups>
 cudaError_t launch_many(const GemmArgs& args, int splits, cudaStream_t stream) {
-  using S = Shared<Format, kRows, kTiles>;
-  const auto kernel = gemm_many_rows<Format, kRows, kTiles>;
+  using S = Shared<Format, kRows, kTiles, kGroups>;
+  const auto kernel = gemm_many_rows<Format, kRows, kTiles, kGroups>;
   const int64_t row_bytes = int64_t(args.k) * kRowBlockBytes / Format::kBlock;
   CUtensorMap x, w;
   cudaError_t error = make_map(&x, CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_SWIZZLE_128B, args.x, args.k, args.m,
@@ -362,7 +393,8 @@ cudaError_t launch_many(const GemmArgs& args, int splits, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args, splits, x, w);
 }
 
-// The largest tile with which nine tenths of the multiprocessors have work; if none has, the smallest, and k is split.
+// The largest tile with which four fifths of the multiprocessors have work, k in one part or two; for few rows, and if
+// there is none, a small one and k in as many parts as that takes (bench/RESULTS.md has the times).
 template <class Format>
 cudaError_t launch_many_rows(const GemmArgs& args, cudaStream_t stream) {
   int device, major, processors;
@@ -374,14 +406,23 @@ cudaError_t launch_many_rows(const GemmArgs& args, cudaStream_t stream) {
   const auto tiles = [&](int rows, int columns) {
     return int64_t((args.m + rows - 1) / rows) * ((args.n + columns - 1) / columns);
   };
-  const auto busy = [&](int64_t blocks) { return 10 * blocks >= 9 * processors; };
-  if (args.m > 64 && busy(tiles(128, 256))) return launch_many<Format, 128, 2>(args, 1, stream);
-  if (args.m > 64 && busy(tiles(128, 128))) return launch_many<Format, 128, 1>(args, 1, stream);
-  int splits = 1;
+  const auto splits = [&](int rows, int columns, int most) {  // 0: too few even so
+    for (int parts = 1; parts <= most && (parts == 1 || args.k >= 4 * parts * Format::kBlock); parts *= 2)
+      if (5 * tiles(rows, columns) * parts >= 4 * processors) return parts;
+    return 0;
+  };
+  if (args.m > 64) {
+    if (const int parts = splits(128, 256, 2)) return launch_many<Format, 128, 1, 4>(args, parts, stream);
+    if (const int parts = splits(128, 128, 2)) return launch_many<Format, 128, 1, 2>(args, parts, stream);
+  } else if (args.m > 32 && splits(64, 256, 1)) {
+    return launch_many<Format, 64, 1, 4>(args, 1, stream);
+  }
   const int rows = args.m <= 32 ? 32 : 64;
-  while (splits < kMostSplits && !busy(tiles(rows, 128) * splits) && args.k / Format::kBlock >= 8 * splits) splits *= 2;
-  return rows == 32 ? launch_many<Format, 32, 1>(args, splits, stream)
-                    : launch_many<Format, 64, 1>(args, splits, stream);
+  int parts = splits(rows, 128, kMostSplits);
+  if (parts == 0)
+    for (parts = kMostSplits; parts > 1 && args.k < 4 * parts * Format::kBlock;) parts /= 2;
+  return rows == 32 ? launch_many<Format, 32, 1, 2>(args, parts, stream)
+                    : launch_many<Format, 64, 1, 2>(args, parts, stream);
 }
 
 }  // namespace lepton::cuda

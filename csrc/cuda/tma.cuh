@@ -30,6 +30,9 @@ __device__ inline void wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // The map's box at column, row to shared memory; what lies outside of the tensor is 0.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile(
