@@ -63,7 +63,8 @@ void bind_cuda(py::module_& module) {
   module.def(
       "cuda_architectures", [=] { return compiled_for; }, "Compute capabilities, times ten, of the native GPU code.");
   module.def(
-      "cuda_most_rows", [=] { return few_rows; }, "The most rows of X that cuda_gemm takes on every GPU; 0 where there is none.");
+      "cuda_most_rows", [=] { return few_rows; },
+      "The most rows of X that cuda_gemm takes on every GPU; 0 where there is none.");
 }
 
 }  // namespace lepton
