@@ -2,9 +2,9 @@
 
 The native kernels read the saved weight as it is. They take bf16, fp16 and, for w8a8, any float type; up to
 C.cuda_most_rows() rows, and on compute capability 9.0 any number with w8a16, and with w4a16 and bf16; rows of X and W
-that start at multiples of 16 bytes; int4 groups of a multiple of 128, with bf16 scales. w4a8 is Triton's alone. A row of
-X that holds an infinity is NaN altogether with int4. From C.cuda_most_rows() + 1 rows on int4 weights are rounded to bf16
-with their scales, 2e-3 of them.
+that start at multiples of 16 bytes; int4 groups of a multiple of 128, with bf16 scales. w4a8 is Triton's alone. int4:
+up to C.cuda_most_rows() rows a row of X that holds an infinity is NaN altogether; with more, scaled weights are rounded
+to bf16, by 2e-3 of them.
 """
 
 import functools
