@@ -149,7 +149,10 @@ PackedWeight view_of(const Problem& p) {
   return packed_weight(p.packed.data(), p.n, p.k, p.group ? 4 : 8, p.group ? p.group : p.k, symmetric);
 }
 
-Problem make_problem(Random& rng, int m, int n, int k, int group, Dtype dtype) {
+// extremes: activations that become 0 or 255, and the least and largest weights; in the first of three rows and columns
+// the least alone, in the second the largest alone.
+Problem make_problem(Random& rng, int m, int n, int k, int group, Dtype dtype, bool extremes = false) {
+  const auto low = [&](int line) { return line % 3 == 0 || (line % 3 == 2 && rng.below(2) == 0); };
   Problem p{m, n, k, group, rng.below(2) == 0, rng.below(4) != 0, dtype, {}, {}, {}, {}, {}, {}, {}, k + rng.below(3)};
   p.x.resize(size_t(m) * size_t(k));
   p.stored_x.resize(size_t(m) * size_t(p.x_stride) * 4);
@@ -160,12 +163,17 @@ Problem make_problem(Random& rng, int m, int n, int k, int group, Dtype dtype) {
       const int64_t place = r * p.x_stride + i;
       float v = rng.bell() * magnitude + (kind == 3 ? 4 : 0);
       if (kind == 4 && i == k / 2) v = r % 2 ? NAN : INFINITY;
+      if (extremes) v = low(r) ? -1.0f : 1.0f;
       store(p.stored_x.data(), dtype, place, v);
       p.x[size_t(r) * size_t(k) + size_t(i)] = float(load(p.stored_x.data(), dtype, place));
     }
   }
   const int groups = p.groups();
-  for (int i = 0; i < n * k; ++i) p.weight.push_back(group ? rng.below(16) - 8 : rng.below(255) - 127);
+  const int least = group ? -8 : -128, largest = -1 - least;
+  for (int i = 0; i < n * k; ++i) {
+    const int value = group ? rng.below(16) - 8 : rng.below(255) - 127;
+    p.weight.push_back(!extremes ? value : low(i / k) ? least : largest);
+  }
   for (int i = 0; i < n * groups; ++i) {
     p.scale.push_back((rng.uniform() + 1.01f) * 0.01f);
     p.zero.push_back(p.symmetric || !group ? 0 : rng.below(16) - 8);
@@ -464,9 +472,10 @@ void check_codec(Random& rng, Digest& digest) {
 }
 
 // m, n, k with the reasons of tests/shapes.py: one, odd, one past a panel, a quad or a block, several of each.
-constexpr int kShapes[][3] = {{1, 1, 1},    {1, 16, 16},   {2, 17, 3},  {1, 130, 300}, {3, 40, 64},
-                              {5, 33, 31},  {6, 64, 64},   {7, 15, 65}, {13, 49, 257}, {9, 20, 130},
-                              {24, 80, 96}, {67, 23, 520}, {40, 36, 8}, {1, 70, 1030}, {7, 18, 2600}};
+constexpr int kShapes[][3] = {{1, 1, 1},   {1, 16, 16},   {2, 17, 3},    {1, 130, 300}, {3, 40, 64},  {5, 33, 31},
+                              {6, 64, 64}, {7, 15, 65},   {13, 49, 257}, {9, 20, 130},  {24, 80, 96}, {67, 23, 520},
+                              {40, 36, 8}, {1, 70, 1030}, {7, 18, 2600}, {4, 16, 4},    {3, 20, 7},   {11, 18, 12}};
+constexpr int kExtremes[][3] = {{7, 19, 44}, {3, 17, kMaxK}};
 constexpr int kGroups[] = {0, 16, 32, 128, 1040, -1};  // 0: 8 bit; -1: the whole row
 
 }  // namespace
@@ -488,6 +497,15 @@ int main() {
           check_product(problem, quantize_activations, exact, of_16_bits);
           ++products;
         }
+      }
+    }
+  }
+  for (const auto& [m, n, k] : kExtremes) {
+    for (const int group : {0, 32, k}) {
+      const Problem problem = make_problem(rng, m, n, k, group, Dtype::f32, true);
+      for (const bool quantize_activations : {true, false}) {
+        check_product(problem, quantize_activations, exact, of_16_bits);
+        ++products;
       }
     }
   }
