@@ -47,8 +47,9 @@ fuzz: .venv/.deps ## Hostile bytes for every decoder and level, under sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz > /dev/null
 	for isa in generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/fuzz/fuzz_codec $(SECONDS); done
 
-# The same program here and, emulated, on AArch64, with the dot product and without (there neondot falls back to generic):
-# it compares every level with scalar code, and what it prints must be equal. Debian's packages are in ARM_PACKAGES.
+# The same program here and, emulated, on AArch64: on a processor that has all levels, on one that has the dot product
+# alone and on one that has neither. It compares every level with scalar code, and what it prints must be equal. Debian's
+# packages are in ARM_PACKAGES.
 ARM_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
 ARM := --toolchain cmake/aarch64.cmake
 EMULATE := qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu
@@ -61,10 +62,10 @@ arm-check: .venv/.deps ## Kernels and codec on AArch64 (emulated) give the bits 
 	  cmake --build $${flags%% *} -- --quiet; \
 	done
 	{ for isa in generic ssse3 avx2 avxvnni avx512vnni avx512vbmi2 amx; do LEPTON_MAX_ISA=$$isa build/check/check_kernels; done; \
-	  for isa in generic neondot; do LEPTON_MAX_ISA=$$isa $(EMULATE) max build/check-arm/check_kernels; done; \
-	  LEPTON_MAX_ISA=neondot $(EMULATE) cortex-a72 build/check-arm/check_kernels; } | tee build/check/levels
-	@test "$$(tail -2 build/check/levels | cut -d ' ' -f 1 | tr '\n' ' ')" = "neondot generic " || \
-	  { echo "the dot product was not detected as the processor has it" >&2; exit 1; }
+	  for isa in generic neondot neoni8mm; do LEPTON_MAX_ISA=$$isa $(EMULATE) max build/check-arm/check_kernels; done; \
+	  for cpu in neoverse-n1 cortex-a72; do $(EMULATE) $$cpu build/check-arm/check_kernels; done; } | tee build/check/levels
+	@test "$$(tail -5 build/check/levels | cut -d ' ' -f 1 | tr '\n' ' ')" = "generic neondot neoni8mm neondot generic " || \
+	  { echo "the level was not chosen as the processor and LEPTON_MAX_ISA have it" >&2; exit 1; }
 	for digest in exact codec split int16; do \
 	  test "$$(grep -o " $$digest=[0-9a-f]\{16\}" build/check/levels | sort -u | wc -l)" = 1 || \
 	    { echo "levels differ: $$digest" >&2; exit 1; }; \

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 X86_ISAS = ["generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx"]
-ISAS = ["generic", "neondot"] if platform.machine() in ("aarch64", "arm64") else X86_ISAS
+ISAS = ["generic", "neondot", "neoni8mm"] if platform.machine() in ("aarch64", "arm64") else X86_ISAS
 INT16_ISAS = {"generic", "ssse3", "avx2"}  # where w8a16 and w4a16 multiply int16; elsewhere two planes of bytes
 
 

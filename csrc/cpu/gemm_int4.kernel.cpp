@@ -45,7 +45,7 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
     I32x16 acc[panels][rows], high[panels][rows];
     unroll<panels * rows>(
         [&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = high[i / rows][i % rows] = broadcast_i32(0); });
-    for (int b = 0; b < blocks; ++b, a += kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
+    for (int b = 0; b < blocks; ++b, a += kTogether * kNibbleBlock, w += kPanel * kNibbleBlock / 2) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         __builtin_prefetch(w + p * panel_bytes + ahead);
         __builtin_prefetch(w + p * panel_bytes + ahead + 64);
@@ -55,6 +55,7 @@ LEPTON_INLINE void GemmInt4::multiply(const GemmTile& tile, int row, int panel0)
           dot_u4<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
+    unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { sums_to_rows<rows>(acc[p]); });
     if constexpr (split) {
       unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE {
         I32x16& sum = acc[i / rows][i % rows];

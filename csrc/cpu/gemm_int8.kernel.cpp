@@ -15,6 +15,9 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+// What dot_s8 takes at a time: quads, and bytes of a panel.
+constexpr int kStepQuads = kTogether, kStepBytes = kStepQuads * kPanel * kQuad;
+
 struct GemmInt8 {
   static constexpr int kRows = kInt8Rows, kPanels = kInt8Panels;
   template <int planes, int rows, int panels>
@@ -45,22 +48,24 @@ LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0)
   const int64_t panel_bytes = tile.weight.panel_bytes(), stride = tile.q.stride;
   const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.panel(panel0));
   const uint8_t* a = tile.q.q + row * stride;
-  const int quads = divide_up(tile.weight.k, kQuad);
+  const int steps = divide_up(tile.weight.k, kStepQuads * kQuad);  // past the last quad activations are 0
 
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
-  const auto add_quads = [&](int count, int64_t ahead) LEPTON_LAMBDA_INLINE {
-    for (int q = 0; q < count; ++q, a += kQuadBytes, w += kPanel * kQuad) {
+  const auto add_steps = [&](int count, int64_t ahead) LEPTON_LAMBDA_INLINE {
+    for (int s = 0; s < count; ++s, a += kTogether * kStepQuads * kQuadBytes, w += kStepBytes) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         __builtin_prefetch(w + p * panel_bytes + ahead);
+        if constexpr (kStepBytes > 64) __builtin_prefetch(w + p * panel_bytes + ahead + 64);
         dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
   };
-  constexpr int kAheadQuads = kPrefetchBytes / (kPanel * kQuad);
-  const int before_end = quads > kAheadQuads ? quads - kAheadQuads : 0;
-  add_quads(before_end, kPrefetchBytes);
-  add_quads(quads - before_end, kPrefetchBytes + (panels - 1) * panel_bytes);  // of the panels that come next
+  constexpr int kAheadSteps = kPrefetchBytes / kStepBytes;
+  const int before_end = steps > kAheadSteps ? steps - kAheadSteps : 0;
+  add_steps(before_end, kPrefetchBytes);
+  add_steps(steps - before_end, kPrefetchBytes + (panels - 1) * panel_bytes);  // of the panels that come next
+  unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE { sums_to_rows<rows>(acc[p]); });
   alignas(64) int32_t sums[panels * rows][kPanel];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { store_i32(sums[i], acc[i / rows][i % rows]); });
   for (int p = 0; p < panels; ++p)

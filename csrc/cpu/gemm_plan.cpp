@@ -71,6 +71,8 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   } else if (isa == Isa::amx && m * rows.planes >= kTileLeastRows) {
     rows.layout = RowLayout::tiles;
     rows.tile_rows = even_tile_rows(m);
+  } else if (rows_together(isa) == 2) {
+    rows.layout = RowLayout::pairs;
   } else {
     rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
   }

@@ -22,8 +22,8 @@ struct Activations {
 // which choose the kind of numbers: the same for all parts.
 Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Scratch& scratch);
 
-// Prepares rows [row_begin, row_end). Threads may share a block of 16 rows of the layout tiles: each writes its own
-// bytes.
+// Prepares rows [row_begin, row_end). Threads may share a block of 16 rows of the layout tiles, or two of pairs: each
+// writes its own bytes.
 void prepare_rows(const Activations& plan, Isa isa, int row_begin, int row_end);
 
 // Y[rows from row0 on, columns of panels [panel_begin, panel_end)].

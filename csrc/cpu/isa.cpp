@@ -17,7 +17,8 @@
 namespace lepton {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "ssse3", "avx2", "avxvnni", "avx512vnni", "avx512vbmi2", "amx", "neondot"};
+constexpr const char* kNames[] = {"generic",     "ssse3", "avx2",    "avxvnni", "avx512vnni",
+                                  "avx512vbmi2", "amx",   "neondot", "neoni8mm"};
 
 #if defined(__x86_64__)
 bool has_avx_vnni() {
@@ -65,13 +66,26 @@ bool has(Isa isa) {
     case Isa::amx:
       return has(Isa::avx512vbmi2) && LEPTON_HAS("gfni") && has_tiles();
     case Isa::neondot:
+    case Isa::neoni8mm:
       return false;
   }
   return false;
 }
 #undef LEPTON_HAS
 #elif defined(__aarch64__) && defined(__linux__)
-bool has(Isa isa) { return isa == Isa::generic || (isa == Isa::neondot && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP)); }
+bool has(Isa isa) {
+  constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which older headers do not name
+  switch (isa) {
+    case Isa::generic:
+      return true;
+    case Isa::neondot:
+      return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+    case Isa::neoni8mm:
+      return has(Isa::neondot) && (getauxval(AT_HWCAP2) & kI8mm);
+    default:
+      return false;
+  }
+}
 #else
 bool has(Isa isa) { return isa == Isa::generic; }
 #endif

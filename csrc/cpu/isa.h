@@ -15,6 +15,7 @@ enum class Isa : int {
   avx512vbmi2,  // the same and VBMI, VBMI2, BITALG, VPOPCNTDQ (Ice Lake, Zen 4)
   amx,          // the same, BF16 and GFNI, and tile registers: AMX-TILE, AMX-INT8, AMX-BF16 (Sapphire Rapids)
   neondot,      // AArch64 with the dot product (Armv8.2: Cortex-A55 and -A76, Neoverse N1)
+  neoni8mm,     // the same and int8 matrix products (FEAT_I8MM: Cortex-A510 and -A710, Neoverse V1 and N2)
 };
 
 // This architecture's levels, in order.
@@ -22,7 +23,7 @@ enum class Isa : int {
 constexpr Isa kIsas[] = {Isa::generic,    Isa::ssse3,       Isa::avx2, Isa::avxvnni,
                          Isa::avx512vnni, Isa::avx512vbmi2, Isa::amx};
 #elif defined(__aarch64__)
-constexpr Isa kIsas[] = {Isa::generic, Isa::neondot};
+constexpr Isa kIsas[] = {Isa::generic, Isa::neondot, Isa::neoni8mm};
 #else
 constexpr Isa kIsas[] = {Isa::generic};
 #endif

@@ -25,7 +25,8 @@
 #else
 #define LEPTON_LEVELS_TO_AVX2(Each, name, Function) Each(generic, name, Function)
 #if defined(__aarch64__)
-#define LEPTON_LEVELS(Each, name, Function) Each(generic, name, Function) Each(neondot, name, Function)
+#define LEPTON_LEVELS(Each, name, Function) \
+  Each(generic, name, Function) Each(neondot, name, Function) Each(neoni8mm, name, Function)
 #else
 #define LEPTON_LEVELS(Each, name, Function) Each(generic, name, Function)
 #endif

@@ -1,8 +1,8 @@
 // packed_weight.h - the tiled layouts that the CPU kernels read, made from the saved layout once and never saved.
 //
 // A panel is 16 columns of W^T (16 output features): one 512-bit register of int32 sums. One layout serves every level.
-// Tile registers read whole steps of 64 k: on into the next panel, against activations that are 0 there, and behind the
-// end of the data.
+// Tile registers read whole steps of 64 k, neoni8mm of 8: on into the next panel, against activations that are 0 there,
+// and behind the end of the data.
 //
 //   8 bit   data    int8  [panels][k4 / 4][16][4]      k4 = k rounded up to 4; zero-padded
 //           scale   f32   [panels][16]

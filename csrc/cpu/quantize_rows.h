@@ -23,10 +23,12 @@ enum class RowLayout : int {
   int16,       // int16 around zero, 8 bytes for every four (simd.h)
   tiles,       // what tile registers load, 64 k of h = tile_rows rows together: [rows / h][planes][stride / 64][h][64]
   bf16_tiles,  // the same with 32 k of X rounded to bf16, without scale and zero: [rows / h][stride / 64][h][32]
+  pairs,       // two rows in turn, eight k of each: [rows / 2][stride / 8][2][8]; each plane counts as a row
 };
 
 constexpr int kTileRows = 16;  // of a tile register
 constexpr int kTileStep = 64;  // bytes, and k of 8 bits, in a row of a tile
+constexpr int kPairStep = 8;   // k of a row between those of the other
 
 // Rows of a tile for products of m rows. One takes a cycle for each row of its tile, so m is dealt evenly to as few
 // tiles as hold it: 33 rows are three times 11, not 16, 16 and 1.
@@ -36,7 +38,10 @@ constexpr int even_tile_rows(int m) { return divide_up(m, divide_up(m, kTileRows
 constexpr int quad_bytes(Isa isa) { return isa <= Isa::avx2 ? 8 : 4; }
 
 // Levels whose int8 products take activations as int8: there all quantized rows are biased.
-constexpr bool signed_quads(Isa isa) { return isa == Isa::neondot; }
+constexpr bool signed_quads(Isa isa) { return isa >= Isa::neondot; }
+
+// Rows, and quads of k, that a level's int8 product takes together. 2: its quantized rows are in RowLayout::pairs.
+constexpr int rows_together(Isa isa) { return isa == Isa::neoni8mm ? 2 : 1; }
 
 // Levels where w8a16 and w4a16 split 16-bit integers into two products of bytes; the others multiply int16.
 constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
@@ -68,13 +73,18 @@ struct QuantizedRows {
     if (in_tiles()) return q + int64_t(r / tile_rows * planes + plane) * tile_stride() + r % tile_rows * kTileStep;
     return q + (int64_t(r) * planes + plane) * stride;
   }
+  // Layout pairs.
+  uint8_t* row_of_pair(int r, int plane) const {
+    const int64_t i = int64_t(r) * planes + plane;
+    return q + i / 2 * 2 * stride + i % 2 * kPairStep;
+  }
   // Bytes from one block of 64 k of a row to the next (layouts bytes and tiles).
   int step_bytes() const { return in_tiles() ? tile_rows * kTileStep : kTileStep; }
   // Bytes from a tile's rows to the next tile's, a plane's to the next plane's (layout tiles).
   int64_t tile_stride() const { return tile_rows * stride; }
   // Tiles of `rows` rows, of all planes.
   int tiles_of(int rows) const { return divide_up(rows, tile_rows) * planes; }
-  // From row r on: a multiple of tile_rows where the layout is tiles.
+  // From row r on: a multiple of tile_rows where the layout is tiles, of two rows where it is pairs.
   QuantizedRows from(int r, int groups) const {
     QuantizedRows rows = *this;
     rows.q += int64_t(r) * planes * stride;

@@ -88,6 +88,10 @@ LEPTON_INLINE I32x16 with_zeros_from(I32x16 value, int lane) {
   return load_i32(lanes);
 }
 
+LEPTON_INLINE uint8_t* row_of(const QuantizedRows& out, int row, int plane) {
+  return kTogether == 2 ? out.row_of_pair(row, plane) : out.row(row, plane);
+}
+
 template <bool quads>
 LEPTON_INLINE void store_q(uint8_t* q, I32x16 value) {
   if constexpr (quads)
@@ -102,10 +106,10 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, con
   const F32x16 inverse = broadcast_f32(range.inverse);
   const I32x16 zero = broadcast_i32(range.zero), low = broadcast_i32(0), high = broadcast_i32(kLevels<planes>);
   constexpr int kVector = quads ? kLanes / kQuad * kQuadBytes : kLanes;  // bytes of sixteen values
-  uint8_t* const first = out.row(row, 0);
-  uint8_t* const second = out.row(row, planes - 1);
+  uint8_t* const first = row_of(out, row, 0);
+  uint8_t* const second = row_of(out, row, planes - 1);
   const I32x16 bias = broadcast_i32(out.biased ? 128 : 0);
-  const int step = out.step_bytes(), padded = int(out.stride / kVector * kLanes);
+  const int step = out.step_bytes() * kTogether, padded = int(out.stride / kVector * kLanes);
   int i = 0;
   if constexpr (kVector == kLanes) {  // whole blocks of 64 bytes
     static_assert(kTileStep == kChains * kLanes);
@@ -137,7 +141,7 @@ LEPTON_INLINE void quantize_row(const char* x, int k, const RowRange& range, con
       if (i + kLanes > k)
         for (I32x16& part : bytes) part = with_zeros_from(part, k - i);
     }
-    const int64_t at = quads ? i / kLanes * kVector : int64_t(i / kTileStep) * step + i % kTileStep;
+    const int64_t at = quads ? i / kLanes * kVector : int64_t(i / kTileStep) * step + i % kTileStep * kTogether;
     store_q<quads>(first + at, bytes[0]);
     if constexpr (planes == 2) store_q<quads>(second + at, bytes[1]);
   }
@@ -157,10 +161,12 @@ LEPTON_INLINE void quantize_row_int16(const char* x, int k, const RowRange& rang
 
 template <typename Integer>
 LEPTON_INLINE void sum_groups(const Integer* q, int k, int group, int32_t* sums) {
+  constexpr int kPiece = kTogether == 1 ? 1 : kPairStep;  // past k there are zeros
   for (int k0 = 0; k0 < k; k0 += group) {
     const int end = k0 + group < k ? k0 + group : k;
     int32_t sum = 0;
-    for (int i = k0; i < end; ++i) sum += q[i];
+    for (int i = k0; i < end; i += kPiece)
+      for (int j = 0; j < kPiece; ++j) sum += q[i * kTogether + j];
     *sums++ = sum;
   }
 }
@@ -179,7 +185,7 @@ LEPTON_INLINE void quantize(const QuantizeRowsArgs& args) {
     if (out.group_sum == nullptr) continue;
     const int groups = divide_up(args.k, args.group);
     for (int plane = 0; plane < planes; ++plane)
-      sum_groups(reinterpret_cast<const int8_t*>(out.row(r, plane)), args.k, args.group,
+      sum_groups(reinterpret_cast<const int8_t*>(row_of(out, r, plane)), args.k, args.group,
                  out.group_sum + (int64_t(r) * planes + plane) * groups);
   }
 }

@@ -6,9 +6,7 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-constexpr int kQuadBytes = 4;                  // four bytes, less 128 (signed_quads in quantize_rows.h): sdot is signed
-constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 4 weights + 4 activations of 32 registers
-constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 16 sums + 4 activations + 4 weights + the mask
+constexpr int kQuadBytes = 4;  // four bytes, less 128 (signed_quads in quantize_rows.h): sdot is signed
 constexpr int kSplitSums = 0;
 constexpr int kDirectSums = 4;  // 16 of 32 registers
 
@@ -115,10 +113,16 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
 }
 #undef LEPTON_PARTS
 
+// Sixteen bytes of a row; in RowLayout::pairs eight bytes of the other row follow each eight of them.
+LEPTON_INLINE void store_bytes(uint8_t* p, uint8x16_t bytes) {
+  if constexpr (kTogether == 1) return vst1q_u8(p, bytes);
+  vst1_u8(p, vget_low_u8(bytes));
+  vst1_u8(p + 16, vget_high_u8(bytes));
+}
 LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   const int16x8_t words[2] = {vmovn_high_s32(vmovn_s32(v.part[0]), v.part[1]),
                               vmovn_high_s32(vmovn_s32(v.part[2]), v.part[3])};
-  vst1q_u8(p, vreinterpretq_u8_s8(vmovn_high_s16(vmovn_s16(words[0]), words[1])));
+  store_bytes(p, vreinterpretq_u8_s8(vmovn_high_s16(vmovn_s16(words[0]), words[1])));
 }
 LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
   const int8x16_t flip = vdupq_n_s8(biased ? 0 : -128);
@@ -126,10 +130,15 @@ LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
     const int16x8_t words[2] = {vqmovn_high_s32(vqmovn_s32(x[i].part[0]), x[i].part[1]),
                                 vqmovn_high_s32(vqmovn_s32(x[i].part[2]), x[i].part[3])};
     const int8x16_t bytes = vqmovn_high_s16(vqmovn_s16(words[0]), words[1]);
-    vst1q_u8(p + 16 * i, vreinterpretq_u8_s8(veorq_s8(bytes, flip)));
+    store_bytes(p + 16 * kTogether * i, vreinterpretq_u8_s8(veorq_s8(bytes, flip)));
   }
 }
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
+
+#if !defined(LEPTON_ISA_NEONI8MM)  // simd/neoni8mm.h has its own products
+
+constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 4 weights + 4 activations of 32 registers
+constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 16 sums + 4 activations + 4 weights + the mask
 
 // A quad in the lowest lane, for sdot by element: a plain load, where one to all lanes (ld1r) takes a place among the
 // products.
@@ -165,6 +174,7 @@ LEPTON_INLINE void dot_u4(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
     });
   });
 }
+#endif
 
 }  // namespace
 }  // namespace lepton::LEPTON_ISA

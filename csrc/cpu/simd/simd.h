@@ -10,12 +10,16 @@
 //   shift_left<n>  shift_right<n> (logical)  shift_right_signed<n>
 //   store_quads(p, i)   16 values in 0..255 as 4 quads of the level's layout, kQuadBytes a quad
 //   store_int16_quads(p, i)     16 values as 4 quads of int16, in the order k0 k2 k1 k3
-//   store_u8(p, i)      16 values in 0..255 as bytes
-//   store_64(p, i[4], biased)   64 values clamped to -128..127 as int8 (biased), or with 128 added as uint8
+//   store_u8(p, i)      16 values in 0..255 as bytes of a row
+//   store_64(p, i[4], biased)   64 values clamped to -128..127 as int8 (biased), or with 128 added as uint8: of a row
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads (uint8, or int8 where signed_quads), W
 //                       int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //   dot_u4<rows>(low, high, ...)   the same in two sums, low + high / 16; for at most kSplitSums of low
+//   sums_to_rows<rows>  behind the last product: acc[r] becomes the sums of row r
+//
+// kTogether is 1, or 2 where an instruction multiplies two rows by two columns: there rows are in RowLayout::pairs,
+// dot_s8 adds two quads, and acc is in the level's own order until sums_to_rows.
 //
 //   dot_int16_s8<rows>  dot_int16_u4<rows>   the same with A in quads of int16
 //   dot_unpacked<rows>  acc[r] += A[r, 0..kUnpackedStep] . W[0..kUnpackedStep, 16 columns]: A int8, W nibbles as uint8
@@ -33,7 +37,14 @@
 #include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
 #include "cpu/packed_weight.h"
+#include "cpu/quantize_rows.h"
 #include "cpu/simd/unroll.h"
+
+namespace lepton::LEPTON_ISA {
+namespace {
+constexpr int kTogether = rows_together(Isa::LEPTON_ISA);
+}
+}  // namespace lepton::LEPTON_ISA
 
 #if defined(LEPTON_ISA_AMX)
 #include "cpu/simd/amx.h"
@@ -43,8 +54,19 @@
 #include "cpu/simd/avxvnni.h"
 #elif defined(LEPTON_ISA_AVX2)
 #include "cpu/simd/avx2.h"
+#elif defined(LEPTON_ISA_NEONI8MM)
+#include "cpu/simd/neoni8mm.h"
 #elif defined(LEPTON_ISA_NEONDOT)
 #include "cpu/simd/neon.h"
 #else
 #include "cpu/simd/generic.h"
+#endif
+
+#if !defined(LEPTON_ISA_NEONI8MM)
+namespace lepton::LEPTON_ISA {
+namespace {
+template <int rows>
+LEPTON_INLINE void sums_to_rows(I32x16 (&)[rows]) {}
+}  // namespace
+}  // namespace lepton::LEPTON_ISA
 #endif
