@@ -31,8 +31,9 @@ struct Piece {
   }
 };
 
+// Not inlined: activation functions and types of Y for every number of rows took the compiler a minute.
 template <int bits>
-LEPTON_INLINE void write_output(const GemmTile& tile, int row, int panel, F32x16 sum) {
+__attribute__((noinline)) void write_output(const GemmTile& tile, int row, int panel, F32x16 sum) {
   F32x16 scale = broadcast_f32(tile.q.scale[row]);
   if constexpr (bits == 8) scale = mul(scale, load_f32<Dtype::f32>(tile.weight.scale(panel)));
   store_output(tile, row, panel, add(mul(sum, scale), load_bias(tile, panel)));

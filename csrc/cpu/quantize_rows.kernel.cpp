@@ -33,8 +33,9 @@ LEPTON_INLINE F32x16 load_padded(const char* x, int i, int k) {
   return i < k ? load_partial<dtype>(x + int64_t(i) * dtype_bytes(dtype), k - i) : broadcast_f32(0);
 }
 
+// Not inlined: once for every type is enough for the compiler.
 template <Dtype dtype>
-LEPTON_INLINE Extremes extremes_of(const char* x, int k) {
+__attribute__((noinline)) Extremes extremes_of(const char* x, int k) {
   F32x16 lowest[kChains], highest[kChains], finite[kChains];
   unroll<kChains>([&]<int c>() LEPTON_LAMBDA_INLINE { lowest[c] = highest[c] = finite[c] = broadcast_f32(0); });
   for (int i = 0; i < k; i += kChains * kLanes) {

@@ -10,6 +10,13 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+// Plain C++ takes long to compile, and to run beside a call.
+#if defined(LEPTON_ISA_GENERIC) || defined(LEPTON_ISA_SSSE3)
+#define LEPTON_EPILOGUE __attribute__((noinline))
+#else
+#define LEPTON_EPILOGUE LEPTON_INLINE
+#endif
+
 // The bias of one panel; zeros past n or without a bias.
 LEPTON_INLINE F32x16 load_bias(const GemmTile& tile, int panel) {
   if (tile.bias == nullptr) return broadcast_f32(0);
@@ -42,7 +49,7 @@ LEPTON_INLINE I32x16 load_zeros(const PackedWeight& weight, int panel, int group
   return weight.symmetric ? broadcast_i32(8) : load_u8(weight.zero(panel, group));
 }
 
-LEPTON_INLINE void store_output(const GemmTile& tile, int row, int panel, F32x16 v) {
+LEPTON_EPILOGUE void store_output(const GemmTile& tile, int row, int panel, F32x16 v) {
   v = activate(v, tile.activation);
   const int n0 = panel * kPanel, count = tile.weight.n - n0;
   char* y = static_cast<char*>(tile.y) + (row * tile.y_stride + n0) * dtype_bytes(tile.y_dtype);
