@@ -1,5 +1,6 @@
 """Quantized LSTM, GRU and cells: the reference to the last bit, torch's float layers within a bound, every option."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -45,6 +46,17 @@ def make(kind: type, *args, seed: int = 0, **options) -> tuple[nn.Module, nn.Mod
     return layer, from_float(layer).eval()
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Hundreds of small products wait for every thread each: for minutes where another process has one of two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def by_reference(layer, x, states, batch_sizes=None):
     """What a quantized layer should give, layer by layer, for time-first, batch-first or packed x."""
     directions = 2 if layer.bidirectional else 1
@@ -53,9 +65,10 @@ def by_reference(layer, x, states, batch_sizes=None):
     for i in range(layer.num_layers):
         weights = [t for suffix in layer._suffixes(i) for t in layer._direction(suffix) if t is not None]
         h0, c0 = states[0][i * directions :][:directions], states[-1][i * directions :][:directions]
-        x, *end = reference_recurrent.recurrent(
-            cell, x, batch_sizes, h0, c0, weights, layer.bias, layer.batch_first and batch_sizes is None
-        )
+        with one_thread():
+            x, *end = reference_recurrent.recurrent(
+                cell, x, batch_sizes, h0, c0, weights, layer.bias, layer.batch_first and batch_sizes is None
+            )
         ends.append(end[: len(states)])
     return x, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
