@@ -16,6 +16,11 @@ struct Activations {
 
   int64_t row_bytes() const { return integers.out.planes * integers.out.stride; }
   bool in_tiles() const { return integers.out.in_tiles(); }
+  // Whether they are int16 (quad_bytes in quantize_rows.h).
+  bool has_pairs() const {
+    const RowLayout layout = integers.out.layout;
+    return layout == RowLayout::int16 || (layout == RowLayout::quads && quad_bytes(isa_in_use()) == 8);
+  }
 };
 
 // Lays the prepared activations of all rows out in one scratch buffer. They are part of a product of product_rows,

@@ -186,7 +186,7 @@ Problem make_problem(Random& rng, int m, int n, int k, int group, Dtype dtype, b
     const std::vector<int8_t> bytes(p.weight.begin(), p.weight.end());
     pack_int8(bytes.data(), p.scale.data(), n, k, packed);
   } else {
-    const int row_bytes = divide_up(k, 2);
+    const int row_bytes = round_up(divide_up(k, 2), 4);  // whole words, as pack_int4 wants them
     std::vector<uint8_t> nibbles(size_t(n) * size_t(row_bytes));
     for (int c = 0; c < n; ++c)
       for (int i = 0; i < k; ++i)

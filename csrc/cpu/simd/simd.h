@@ -17,13 +17,12 @@
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //   dot_u4<rows>(low, high, ...)   the same in two sums, low + high / 16; for at most kSplitSums of low
 //   sums_to_rows<rows>  behind the last product: acc[r] becomes the sums of row r
-//
-// kTogether is 1, or 2 where an instruction multiplies two rows by two columns: there rows are in RowLayout::pairs,
-// dot_s8 adds two quads, and acc is in the level's own order until sums_to_rows.
-//
 //   dot_int16_s8<rows>  dot_int16_u4<rows>   the same with A in quads of int16
 //   dot_unpacked<rows>  acc[r] += A[r, 0..kUnpackedStep] . W[0..kUnpackedStep, 16 columns]: A int8, W nibbles as uint8
 //                       [kUnpackedStep / 4][16][4] on 64 bytes
+//
+// kTogether is 1, or 2 where an instruction multiplies two rows by two columns: there rows are in RowLayout::pairs,
+// dot_s8 adds two quads, and acc is in the level's own order until sums_to_rows.
 //
 // kInt8Rows x kInt8Panels, kInt4Rows x kInt4Panels and kInt16Rows x 1 are the tiles whose sums fit the registers,
 // kDirectSums the sums for one row. What is of int16 exists at the levels that do not multiply bytes fast
