@@ -28,8 +28,8 @@ void gemm(const GemmArgs& args);
 
 // The tiled layout from the saved one (docs/formats.md). `packed` has room for PackedLayout's bytes.
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed);
-// weight: uint8 rows of row_bytes, a multiple of 4, two k a byte, low nibble first, value + 8. scale: f32 [n, groups]. zero: int8
-// [n, groups] in -8..7, or null for 0.
+// weight: uint8 rows of row_bytes, a multiple of 4, two k a byte, low nibble first, value + 8. scale: f32 [n, groups].
+// zero: int8 [n, groups] in -8..7, or null for 0.
 void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, const int8_t* zero, int n, int k,
                int group, uint8_t* packed);
 
