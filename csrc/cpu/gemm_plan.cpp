@@ -76,7 +76,7 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   } else {
     rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
   }
-  const int quad = int16 ? 8 : rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
+  const int quad = int16 || rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
   const int group = int16 && args.weight.bits == 4 ? int16_piece(args.weight) : args.weight.group;
   rows.stride =
       rows.in_tiles() ? divide_up(k, rows.step_k()) * kTileStep : odd_lines(int64_t(round_up(k, 16)) / kQuad * quad);

@@ -28,6 +28,15 @@ constexpr int kSliceRows = 8;    // rows of X in a slice: the columns of mma's B
 constexpr int kBlockBytes = 64;  // of a row of W in a block of k
 constexpr int kLaneBytes = 16;   // of them a lane's
 
+// 16 bytes past the first-level cache: W is read once.
+__device__ inline uint4 load_once(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
 // int8 X: the integers of both operands as they are.
 struct W8A8 {
   using Sum = int;

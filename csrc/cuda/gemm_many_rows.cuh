@@ -5,9 +5,9 @@
 //        tensor core reads (wgmma.cuh); int4 with its group's scale, rounded to that type, int8 scaled in the end
 //   X    bf16 (or fp16, int8 alone), which the tensor core reads from shared memory
 //
-// One warp of a thread block copies blocks of k of both to shared memory, some ahead (tma.cuh). Two groups of four
-// warps multiply: each its own 64 kTiles outputs by the same kRows rows. They keep pace only through the copies, so
-// that one widens weights while the other's products run.
+// One warp of a thread block copies blocks of k of both to shared memory, some ahead (tma.cuh). Two groups or four, of
+// four warps, multiply: each its own 64 outputs by the same kRows rows. They keep pace only through the copies, so that
+// one widens weights while the others' products run.
 //
 // Where that leaves multiprocessors idle, up to eight thread blocks, a cluster, share out k; their sums are added in
 // order through each other's shared memory, so that results do not vary from run to run.
@@ -94,9 +94,9 @@ struct Place {
   int row0, output0, begin, end;  // blocks of k
 };
 
-template <class Format, int kRows, int kTiles, int kGroups>
+template <class Format, int kRows, int kGroups>
 __device__ inline Place place_of(const GemmArgs& args, int splits) {
-  constexpr int kColumns = kGroups * kTiles * kTileOutputs;
+  constexpr int kColumns = kGroups * kTileOutputs;
   // Some tiles of rows with all outputs, then the next: what runs at the same time shares X and W in the second-level
   // cache.
   constexpr int kTogether = 2048 / kRows;
@@ -115,9 +115,9 @@ __device__ inline Place place_of(const GemmArgs& args, int splits) {
 
 // Shared memory of a thread block: kStages blocks of k, each X in pieces of 64 k, then W; in the end the sums;
 // barriers.
-template <class Format, int kRows, int kTiles, int kGroups>
+template <class Format, int kRows, int kGroups>
 struct Shared {
-  static constexpr int kColumns = kGroups * kTiles * kTileOutputs;
+  static constexpr int kColumns = kGroups * kTileOutputs;
   static constexpr int kPieces = Format::kBlock / 64, kPieceBytes = kRows * 128;
   static constexpr int kXBytes = kPieces * kPieceBytes, kStageBytes = kXBytes + kColumns * kRowBlockBytes;
   static constexpr int kMost =
@@ -131,7 +131,6 @@ struct Shared {
   // A large tile needs more than an equal share of the registers, which change hands between groups of four warps.
   static constexpr bool kLarge = kColumns * kRows > 128 * 128;
   static constexpr int kThreads = kMultiplyThreads + (kLarge ? kGroupThreads : 32);
-  static constexpr int kRegisters = kGroups == 2 ? 240 : 112;        // what the others leave of them
   static constexpr int kBytes = kBarriers + 2 * kStages * 8 + 1024;  // to begin at a multiple of 1024
 
   uint32_t address;
@@ -143,10 +142,10 @@ struct Shared {
 
 #ifdef LEPTON_WGMMA
 // The warp that copies: all blocks of k, each as soon as its place is free.
-template <class Format, int kRows, int kTiles, int kGroups>
-__device__ inline void copy_blocks(const Shared<Format, kRows, kTiles, kGroups>& shared, const Place& place,
+template <class Format, int kRows, int kGroups>
+__device__ inline void copy_blocks(const Shared<Format, kRows, kGroups>& shared, const Place& place,
                                    const CUtensorMap& x, const CUtensorMap& w) {
-  using S = Shared<Format, kRows, kTiles, kGroups>;
+  using S = Shared<Format, kRows, kGroups>;
   if (threadIdx.x != S::kMultiplyThreads) return;
   prefetch_map(x);
   prefetch_map(w);
@@ -161,86 +160,77 @@ __device__ inline void copy_blocks(const Shared<Format, kRows, kTiles, kGroups>&
   }
 }
 
-// A lane's part of W in a block of k: outputs g and g + 8 of its warp's 16, in every tile.
-template <class Format, int kTiles>
+// A lane's part of W in a block of k: outputs g and g + 8 of its warp's 16.
+template <class Format>
 struct Weights {
-  uint32_t x[kTiles][2][4], scale[kTiles][2], offset[kTiles][2];
-  uint2 of_group[kTiles];  // of the block after this
+  uint32_t x[2][4], scale[2], offset[2];
+  uint2 of_group;  // of the block after this
   const uint2* group;
-  int group_step, tiles_inside;  // groups exist for whole tiles of outputs alone
+  int group_step;
+  bool inside;  // groups exist for whole tiles of outputs alone
 
   __device__ Weights(const GemmArgs& args, const Place& place) {
     if constexpr (Format::kScaled) {
-      const int tile0 = place.output0 / kTileOutputs + threadIdx.x / kGroupThreads * kTiles;
+      const int tile = place.output0 / kTileOutputs + threadIdx.x / kGroupThreads;
       const int warp = threadIdx.x % kGroupThreads / 32, g = threadIdx.x % 32 / 4;
-      tiles_inside = (args.n + kTileOutputs - 1) / kTileOutputs - tile0;
+      inside = tile < (args.n + kTileOutputs - 1) / kTileOutputs;
       group_step = (args.n + kGroupOutputs - 1) / kGroupOutputs * (kGroupOutputs / 16) * 8;
       group = reinterpret_cast<const uint2*>(args.groups) + int64_t(place.begin) * group_step +
-              (tile0 * (kTileOutputs / 16) + warp) * 8 + g;
+              (tile * (kTileOutputs / 16) + warp) * 8 + g;
       load_group();
     }
   }
   __device__ void load_group() {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      of_group[tile] = tile < tiles_inside ? __ldg(group + tile * (kTileOutputs / 16) * 8) : make_uint2(0, 0);
+    of_group = inside ? __ldg(group) : make_uint2(0, 0);
     group += group_step;
   }
   // The block of k whose rows of W, 64 bytes each, are in shared memory.
   __device__ void load(uint32_t rows, bool last) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int row = warp / 4 * kTiles * kTileOutputs + warp % 4 * 16 + g;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = threadIdx.x / 32 * 16 + g;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 w;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                     : "r"(rows + (row + tile * kTileOutputs + 8 * half) * kRowBlockBytes + t * kPartBytes)
-                     : "memory");
-        Format::arrange(w, t, x[tile][half]);
-        if constexpr (Format::kScaled) {
-          const uint32_t word = half ? of_group[tile].y : of_group[tile].x;
-          scale[tile][half] = __byte_perm(word, 0, 0x3232);
-          offset[tile][half] = 0x43004300 + uint32_t(8 + int8_t(word)) * 0x10001;
-        }
+    for (int half = 0; half < 2; ++half) {
+      uint4 w;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                   : "r"(rows + (row + 8 * half) * kRowBlockBytes + t * kPartBytes)
+                   : "memory");
+      Format::arrange(w, t, x[half]);
+      if constexpr (Format::kScaled) {
+        const uint32_t word = half ? of_group.y : of_group.x;
+        scale[half] = __byte_perm(word, 0, 0x3232);
+        offset[half] = 0x43004300 + uint32_t(8 + int8_t(word)) * 0x10001;
       }
+    }
     if constexpr (Format::kScaled)
       if (!last) load_group();
   }
 };
 
 // The weights of a step of 16 k, as the tensor core takes them.
-template <class Format, int kTiles>
+template <class Format>
 struct Fragments {
-  uint32_t a[kTiles][4];
+  uint32_t a[4];
 
   template <int step>
-  __device__ void widen(const Weights<Format, kTiles>& weights) {
+  __device__ void widen(const Weights<Format>& of) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto& x = weights.x[tile][half];
-        const uint32_t scale = weights.scale[tile][half], offset = weights.offset[tile][half];
-        a[tile][half] = Format::template widened<step, 0>(x, scale, offset);
-        a[tile][2 + half] = Format::template widened<step, 1>(x, scale, offset);
-      }
+    for (int half = 0; half < 2; ++half) {
+      a[half] = Format::template widened<step, 0>(of.x[half], of.scale[half], of.offset[half]);
+      a[2 + half] = Format::template widened<step, 1>(of.x[half], of.scale[half], of.offset[half]);
+    }
   }
 };
 
 // The steps of a block of k: while the tensor core multiplies one, the next one's weights are widened. Once the
 // products of the block before are done, its place is free: `before`, its barrier, or 0.
-template <class Format, int kPieceBytes, int kTiles, int kSums, int step = 0>
-__device__ inline void multiply_steps(float (&sums)[kTiles][kSums], const Weights<Format, kTiles>& weights,
-                                      const Fragments<Format, kTiles>& fragments, uint32_t stage, uint32_t before) {
+template <class Format, int kPieceBytes, int kSums, int step = 0>
+__device__ inline void multiply_steps(float (&sums)[kSums], const Weights<Format>& weights,
+                                      const Fragments<Format>& fragments, uint32_t stage, uint32_t before) {
   const uint64_t b = advanced(tile_descriptor(stage + step / 4 * kPieceBytes), step % 4);
   begin_products();
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) Wgmma<typename Format::Type>::multiply(sums[tile], fragments.a[tile], b);
+  Wgmma<typename Format::Type>::multiply(sums, fragments.a, b);
   end_products();
-  Fragments<Format, kTiles> next;
+  Fragments<Format> next;
   constexpr bool more = step + 1 < Format::kBlock / 16;
   if constexpr (more) next.template widen<step + 1>(weights);
   wait_products<1>();
@@ -248,7 +238,7 @@ __device__ inline void multiply_steps(float (&sums)[kTiles][kSums], const Weight
     if (before != 0 && threadIdx.x % 32 == 0) arrive(before);
     __syncwarp();
   }
-  if constexpr (more) multiply_steps<Format, kPieceBytes, kTiles, kSums, step + 1>(sums, weights, next, stage, before);
+  if constexpr (more) multiply_steps<Format, kPieceBytes, kSums, step + 1>(sums, weights, next, stage, before);
 }
 
 // Outlined, so that a call which needs neither does not fetch their instructions.
@@ -293,17 +283,17 @@ __device__ inline void finish_four(const GemmArgs& args, int row, int output, fl
 }
 #endif
 
-template <class Format, int kRows, int kTiles, int kGroups>
-__global__ __launch_bounds__(Shared<Format, kRows, kTiles, kGroups>::kThreads) void gemm_many_rows(
+template <class Format, int kRows, int kGroups>
+__global__ __launch_bounds__(Shared<Format, kRows, kGroups>::kThreads) void gemm_many_rows(
     const GemmArgs args, int splits, const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w) {
 #ifdef LEPTON_WGMMA
   namespace cg = cooperative_groups;
-  using S = Shared<Format, kRows, kTiles, kGroups>;
+  using S = Shared<Format, kRows, kGroups>;
   constexpr int kSums = kRows / 2;
   extern __shared__ uint8_t memory[];
   const uint32_t unaligned = uint32_t(__cvta_generic_to_shared(memory));
   const S shared{(unaligned + 1023) & ~1023u};
-  const Place place = place_of<Format, kRows, kTiles, kGroups>(args, splits);
+  const Place place = place_of<Format, kRows, kGroups>(args, splits);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       init_barrier(shared.full(stage), 1);
@@ -317,14 +307,14 @@ __global__ __launch_bounds__(Shared<Format, kRows, kTiles, kGroups>::kThreads) v
     if constexpr (S::kLarge) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     return copy_blocks(shared, place, x, w);
   }
-  if constexpr (S::kLarge) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters));
-  float sums[kTiles][kSums] = {};
+  if constexpr (S::kLarge) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");  // what the others leave
+  float sums[kSums] = {};
   if (const int blocks = place.end - place.begin; blocks > 0) {
-    Weights<Format, kTiles> weights(args, place);
+    Weights<Format> weights(args, place);
     wait(shared.full(0), 0);
     weights.load(shared.stage(0) + S::kXBytes, blocks == 1);
     for (int block = 0; block < blocks; ++block) {
-      Fragments<Format, kTiles> first;
+      Fragments<Format> first;
       first.template widen<0>(weights);
       multiply_steps<Format, S::kPieceBytes>(sums, weights, first, shared.stage(block),
                                              block > 0 ? shared.empty(block - 1) : 0);
@@ -339,13 +329,9 @@ __global__ __launch_bounds__(Shared<Format, kRows, kTiles, kGroups>::kThreads) v
 
   float* const shared_sums = reinterpret_cast<float*>(memory + (shared.address - unaligned));
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int column = warp / 4 * kTiles * kTileOutputs + warp % 4 * 16 + g;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      shared_sums[(i / 4 * 8 + 2 * t + i % 2) * S::kSumStride + column + tile * kTileOutputs + i / 2 % 2 * 8] =
-          sums[tile][i];
+  for (int i = 0; i < kSums; ++i)
+    shared_sums[(i / 4 * 8 + 2 * t + i % 2) * S::kSumStride + warp * 16 + g + i / 2 % 2 * 8] = sums[i];
   auto cluster = cg::this_cluster();
   splits == 1 ? synchronize() : cluster.sync();
   constexpr int kFours = kRows * S::kColumns / 4;
@@ -366,10 +352,10 @@ __global__ __launch_bounds__(Shared<Format, kRows, kTiles, kGroups>::kThreads) v
 #endif
 }
 
-template <class Format, int kRows, int kTiles, int kGroups>
+template <class Format, int kRows, int kGroups>
 cudaError_t launch_many(const GemmArgs& args, int splits, cudaStream_t stream) {
-  using S = Shared<Format, kRows, kTiles, kGroups>;
-  const auto kernel = gemm_many_rows<Format, kRows, kTiles, kGroups>;
+  using S = Shared<Format, kRows, kGroups>;
+  const auto kernel = gemm_many_rows<Format, kRows, kGroups>;
   const int64_t row_bytes = int64_t(args.k) * kRowBlockBytes / Format::kBlock;
   CUtensorMap x, w;
   cudaError_t error = make_map(&x, CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_SWIZZLE_128B, args.x, args.k, args.m,
@@ -412,17 +398,16 @@ cudaError_t launch_many_rows(const GemmArgs& args, cudaStream_t stream) {
     return 0;
   };
   if (args.m > 64) {
-    if (const int parts = splits(128, 256, 2)) return launch_many<Format, 128, 1, 4>(args, parts, stream);
-    if (const int parts = splits(128, 128, 2)) return launch_many<Format, 128, 1, 2>(args, parts, stream);
+    if (const int parts = splits(128, 256, 2)) return launch_many<Format, 128, 4>(args, parts, stream);
+    if (const int parts = splits(128, 128, 2)) return launch_many<Format, 128, 2>(args, parts, stream);
   } else if (args.m > 32 && splits(64, 256, 1)) {
-    return launch_many<Format, 64, 1, 4>(args, 1, stream);
+    return launch_many<Format, 64, 4>(args, 1, stream);
   }
   const int rows = args.m <= 32 ? 32 : 64;
   int parts = splits(rows, 128, kMostSplits);
   if (parts == 0)
     for (parts = kMostSplits; parts > 1 && args.k < 4 * parts * Format::kBlock;) parts /= 2;
-  return rows == 32 ? launch_many<Format, 32, 1, 2>(args, parts, stream)
-                    : launch_many<Format, 64, 1, 2>(args, parts, stream);
+  return rows == 32 ? launch_many<Format, 32, 2>(args, parts, stream) : launch_many<Format, 64, 2>(args, parts, stream);
 }
 
 }  // namespace lepton::cuda

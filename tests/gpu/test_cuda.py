@@ -13,9 +13,6 @@ from lepton_kernels._runtime import C
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from operands import float_bound, make_int4, make_int8
 
-needs_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and C.cuda_most_rows()), reason="needs a CUDA GPU and a build with LEPTON_CUDA"
-)
 SHAPES = [
     (1, 16, 32),  # the smallest that they take
     (1, 33, 64),  # outputs past a tile
@@ -35,8 +32,10 @@ MANY = [  # every tile of gemm_many_rows.cuh, k split and not, edges of all
     (1100, 4104, 416),
     (2500, 1030, 160),
 ]
+HAS_NATIVE = torch.cuda.is_available() and C.cuda_most_rows() > 0
+needs_gpu = pytest.mark.skipif(not HAS_NATIVE, reason="needs a CUDA GPU and a build with LEPTON_CUDA")
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not C.cuda_most_rows(),
+    not HAS_NATIVE or torch.cuda.get_device_capability() != (9, 0),
     reason="needs a GPU of compute capability 9.0 and a build with LEPTON_CUDA",
 )
 

@@ -167,11 +167,6 @@ LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, co
   dot_int16_s8<rows>(acc, a, lda, w);
 }
 
-// Nibble 0 of the int16 in four bytes of 4-bit weights holds k0 and k2, nibble 1 k4 and k6, then k1, k3 and k5, k7: its
-// place among the pairs of activations.
-template <int nibble>
-constexpr int kPairOfNibble = nibble % 2 * 2 + nibble / 2;
-
 // Two shifts and no mask, whose register the sums need.
 template <int nibble>
 LEPTON_INLINE __m256i widen_nibble(__m256i w) {

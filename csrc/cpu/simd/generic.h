@@ -147,11 +147,6 @@ LEPTON_INLINE void store_int16_quads(uint8_t* p, I32x16 v) {
 }
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_int16_quads(p, v); }
 
-// Nibble 0 of the int16 in four bytes of 4-bit weights holds k0 and k2, nibble 1 k4 and k6, then k1, k3 and k5, k7: its
-// place among the pairs of activations.
-template <int nibble>
-constexpr int kPairOfNibble = nibble % 2 * 2 + nibble / 2;
-
 // Two int16 (k0 and k2, or k1 and k3) of each of four columns, of one lane.
 #if defined(__SSE2__)
 using Pairs = __m128i;

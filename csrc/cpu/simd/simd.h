@@ -42,7 +42,12 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 constexpr int kTogether = rows_together(Isa::LEPTON_ISA);
-}
+
+// Nibble 0 of the int16 in four bytes of 4-bit weights holds k0 and k2, nibble 1 k4 and k6, then k1, k3 and k5, k7: its
+// place among the pairs of activations.
+template <int nibble>
+constexpr int kPairOfNibble = nibble % 2 * 2 + nibble / 2;
+}  // namespace
 }  // namespace lepton::LEPTON_ISA
 
 #if defined(LEPTON_ISA_AMX)
