@@ -108,21 +108,38 @@ int64_t lzw_stream_encode(int variant, uintptr_t src, int64_t size, uintptr_t ds
   return lzw_encode(at<const uint8_t>(src), size, which, at<uint8_t>(dst));
 }
 
-// The decoded size, or what is wrong with the stream.
-std::pair<int64_t, std::optional<std::string>> lzw_stream_size(int variant, uintptr_t src, int64_t size,
-                                                               int64_t limit) {
-  int64_t decoded = 0;
-  const Status status = lzw_decoded_size(at<const uint8_t>(src), size, variant_of(variant), limit, &decoded);
-  if (status != Status::ok) return {0, status_text(status)};
-  return {decoded, std::nullopt};
-}
-
-std::optional<std::string> lzw_stream_decode(int variant, uintptr_t src, int64_t size, uintptr_t dst, int64_t decoded) {
+// The text of a stream, at most `limit` bytes of it, or what is wrong with the stream.
+std::pair<py::bytes, std::optional<std::string>> lzw_stream_decode(int variant, uintptr_t src, int64_t size,
+                                                                   int64_t limit) {
   const LzwVariant which = variant_of(variant);
-  py::gil_scoped_release release;
-  const Status status = lzw_decode(at<const uint8_t>(src), size, which, at<uint8_t>(dst), decoded);
-  if (status == Status::ok) return std::nullopt;
-  return status_text(status);
+  PyObject* text = nullptr;
+  const auto resize = [&](int64_t bytes) {
+    if (text == nullptr)
+      text = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes));
+    else
+      _PyBytes_Resize(&text, static_cast<Py_ssize_t>(bytes));
+    if (text == nullptr) throw py::error_already_set();
+    return reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(text));
+  };
+  constexpr int64_t kFirstGuess = 4;  // times the stream
+  const LzwGrow grow = [&](int64_t wanted, int64_t* room) -> uint8_t* {
+    if (wanted > limit) return nullptr;
+    py::gil_scoped_acquire acquire;
+    *room = std::min(std::max({wanted, 2 * *room, kFirstGuess * size}), limit);
+    uint8_t* const memory = resize(*room);
+    advise_huge_pages(memory, *room);
+    return memory;
+  };
+  int64_t decoded = 0;
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = lzw_decode(at<const uint8_t>(src), size, which, grow, &decoded);
+  }
+  resize(status == Status::ok ? decoded : 0);
+  auto bytes = py::reinterpret_steal<py::bytes>(text);
+  if (status != Status::ok) return {std::move(bytes), status_text(status)};
+  return {std::move(bytes), std::nullopt};
 }
 
 }  // namespace
@@ -135,7 +152,6 @@ void bind_codec(py::module_& module) {
   module.def("count_symbols", &count_symbols);
   module.def("lzw_stream_bound", &lzw_stream_bound);
   module.def("lzw_stream_encode", &lzw_stream_encode);
-  module.def("lzw_stream_size", &lzw_stream_size);
   module.def("lzw_stream_decode", &lzw_stream_decode);
 }
 

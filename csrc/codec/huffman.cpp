@@ -41,7 +41,8 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
   return buffer.data();
 }
-thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], rank_buffer, last_block, block_buffer;
+thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], node_bits_buffer, encode_buffer, last_block,
+    block_buffer, sample_buffer;
 
 // counts[256] of symbols[n]; four tables, so that equal neighbours do not wait for each other's store.
 void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
@@ -65,30 +66,32 @@ constexpr int kNearSymbols = 8, kLeastSymbols = 16;
 // A plane that takes more than its sample promised by this part is not like it, and all of it is counted.
 constexpr int64_t kSampleError = 64;
 
-// What a code is made for, and how many of the plane's symbols that is.
-struct Counts {
-  std::array<uint32_t, 256> of{};
-  int64_t total = 0;
-};
-
 Counts count_all(const uint8_t* plane, int64_t n) {
   Counts counts;
-  count_symbols(plane, n, counts.of.data());
+  count_symbols(plane, n, counts.of);
   counts.total = n;
   return counts;
+}
+
+// Calls see(piece) for one of every `share` pieces of kSamplePiece symbols.
+template <typename See>
+void for_sample(const uint8_t* plane, int64_t n, int64_t share, const See& see) {
+  for (int64_t first = 0; first + share <= n / kSamplePiece; first += share) {
+    const int64_t chosen = first + (static_cast<int64_t>(static_cast<uint32_t>(first) * 0x9e3779b1u) * share >> 32);
+    see(plane + chosen * kSamplePiece);
+  }
 }
 
 // Counts without a symbol where there are too few for a sample.
 Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
   Counts counts;
   std::array<uint32_t, 256> piece;
-  for (int64_t first = 0; first + kSampleShare <= n / kSamplePiece; first += kSampleShare) {
-    const int64_t chosen = first + (static_cast<uint32_t>(first) * 0x9e3779b1u >> 30);
-    count_symbols(plane + chosen * kSamplePiece, kSamplePiece, piece.data());
+  for_sample(plane, n, kSampleShare, [&](const uint8_t* symbols) {
+    count_symbols(symbols, kSamplePiece, piece.data());
     for (int s = 0; s < 256; ++s) counts.of[s] += piece[s];
     counts.total += kSamplePiece;
-  }
-  if (std::count_if(counts.of.begin(), counts.of.end(), [](uint32_t c) { return c > 0; }) < kLeastSymbols) return {};
+  });
+  if (std::count_if(std::begin(counts.of), std::end(counts.of), [](uint32_t c) { return c > 0; }) < kLeastSymbols) return {};
   int lowest = 0, highest = 255;
   while (counts.of[lowest] == 0) ++lowest;
   while (counts.of[highest] == 0) --highest;
@@ -101,33 +104,97 @@ Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
 
 // The bytes that n symbols take, of which `counts` were counted, but for padding.
 int64_t expected_bytes(const HuffmanCode& code, const Counts& counts, int64_t n) {
-  uint64_t bits = 0;
-  for (int depth = 0, leaf = 0; depth <= code.max_depth; ++depth) {
-    for (int i = 0; i < code.leaves[depth]; ++i, ++leaf) {
-      uint64_t count = 0;
-      for (int rank = code.leaf_begin[leaf]; rank < code.leaf_begin[leaf + 1]; ++rank)
-        count += counts.of[code.symbols[rank]];
-      bits += count * static_cast<uint64_t>(depth + code.leaf_bits[leaf]);
-    }
+  int64_t bits = 0;
+  for (int depth = 0, leaf = 0; depth <= code.max_depth; ++depth)
+    for (int i = 0; i < code.leaves[depth]; ++i, ++leaf)
+      bits += counts.in_ranks(code, code.leaf_begin[leaf], code.leaf_begin[leaf + 1]) * (depth + code.leaf_bits[leaf]);
+  return tree_table_bytes(code) + bits * n / counts.total / 8;
+}
+
+void rank_symbols(const HuffmanCode& code, uint8_t* rank_of) {
+  std::fill_n(rank_of, 256, kNoRank);
+  for (int rank = 0; rank < code.symbol_count(); ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
+}
+using RankTables = std::array<uint8_t[256], 1 + kMaxCodedNodes>;
+RankTables rank_tables(const TreeCode& code) {
+  RankTables tables;
+  rank_symbols(code.tree, tables[0]);
+  for (int i = 0; i < code.coded_nodes; ++i) rank_symbols(code.bits[i], tables[1 + i]);
+  return tables;
+}
+
+// A node's bits may be worth a code if one side has this part of its symbols and more, or if one side is a single
+// symbol with that part: the zeros of a sparsity pattern. And if they are a part of all bits.
+constexpr double kSkewed = 0.65, kSingle = 0.4, kLeastNode = 1.0 / 16;
+// ... and have one if they then take at most this part of what they took.
+constexpr double kCodedBits = 15.0 / 16;
+// A byte of bits that the sample lacks counts for one, those that it has for so much each.
+constexpr uint32_t kSeenBits = 16;
+constexpr int64_t kMostSampledForBits = 1 << 15;
+
+bool may_be_coded(const HuffmanCode& code, const Counts& counts, int node) {
+  const auto left = static_cast<double>(counts.in_ranks(code, code.begin[node], code.middle[node]));
+  const auto right = static_cast<double>(counts.in_ranks(code, code.middle[node], code.end[node]));
+  const double all = left + right;
+  return all >= kLeastNode * static_cast<double>(counts.total) &&
+         (std::max(left, right) >= kSkewed * all || (code.middle[node] == code.begin[node] + 1 && left >= kSingle * all));
+}
+
+// Gives codes to nodes' bits, where that pays for a plane of n symbols. Returns the bytes that it saves, about.
+int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, TreeCode* code) {
+  const HuffmanCode& tree = code->tree;
+  std::array<int, kMaxCodedNodes> candidates;
+  int found = 0;
+  for (int node = 0; node + 1 < tree.leaf_count && found < kMaxCodedNodes; ++node)
+    if (may_be_coded(tree, counts, node)) candidates[found++] = node;
+  if (found == 0) return 0;
+
+  uint8_t* const sample = scratch(sample_buffer, kMostSampledForBits + kVectorSlack);
+  uint8_t* end = sample;
+  if (n <= kMostSampledForBits) {
+    end = std::copy_n(plane, n, sample);
+  } else {
+    for_sample(plane, n, (n + kMostSampledForBits - 1) / kMostSampledForBits,
+               [&](const uint8_t* piece) { end = std::copy_n(piece, kSamplePiece, end); });
   }
-  return table_bytes(code) +
-         static_cast<int64_t>(bits * static_cast<uint64_t>(n) / static_cast<uint64_t>(counts.total) / 8);
+  const int sampled = static_cast<int>(end - sample);
+  NodeBits bits[kMaxLeaves];
+  const RankTables ranks = rank_tables(*code);
+  const EncodeBlockArgs args{code, sample, ranks.data(), sampled, scratch(block_buffer, block_bound(*code, sampled)),
+                             scratch(encode_buffer, encode_scratch(sampled)), bits};
+  if (select_huffman_encode_block(isa_in_use())(args) < 0) return 0;  // a symbol that nobody had counted
+
+  int64_t saved = 0;
+  for (int i = 0; i < found; ++i) {
+    const int node = candidates[i];
+    const int64_t seen = bits[node].n / 8;
+    if (seen == 0) continue;
+    Counts bytes;
+    count_symbols(bits[node].bits, seen, bytes.of);
+    for (auto& count : bytes.of) bytes.total += count = std::max(count * kSeenBits, 1u);
+    HuffmanCode& own = code->bits[code->coded_nodes];
+    build_code(bytes, &own);
+    const int64_t plain = static_cast<int64_t>(static_cast<double>(bits[node].n) / sampled * static_cast<double>(n) / 8);
+    const int64_t coded = expected_bytes(own, bytes, plain);
+    if (static_cast<double>(coded) > kCodedBits * static_cast<double>(plain)) continue;
+    code->node[code->coded_nodes++] = static_cast<uint8_t>(node);
+    saved += plain - coded;
+  }
+  return saved;
 }
 
 constexpr int64_t kNoRoom = -2;
 
 // Writes a plane's table and blocks to out[room]. Returns the bytes written, kNoCode or kNoRoom.
-int64_t encode_tree(const uint8_t* plane, int64_t n, const HuffmanCode& code, uint8_t* out, int64_t room) {
+int64_t encode_tree(const uint8_t* plane, int64_t n, const TreeCode& code, uint8_t* out, int64_t room) {
   uint8_t* const begin = out;
-  if (room < table_bytes(code)) return kNoRoom;
-  write_table(code, out);
-  out += table_bytes(code);
-  uint8_t rank_of[256];
-  std::fill_n(rank_of, 256, kNoRank);
-  for (int rank = 0; rank < code.symbol_count(); ++rank) rank_of[code.symbols[rank]] = static_cast<uint8_t>(rank);
+  uint8_t table[kMaxTable];
+  const int table_bytes = write_table(code, table);
+  if (room < table_bytes) return kNoRoom;
+  out = std::copy_n(table, table_bytes, out);
+  const RankTables ranks = rank_tables(code);
   const int64_t most = std::min(kBlock, n), bound = block_bound(code, most);
-  EncodeBlockArgs args{&code, nullptr, rank_of, 0, nullptr, scratch(rank_buffer, most + kVectorSlack), {}};
-  for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], level_bound(most));
+  EncodeBlockArgs args{&code, nullptr, ranks.data(), 0, nullptr, scratch(encode_buffer, encode_scratch(most)), nullptr};
   EncodeBlockFn* const encode_block = select_huffman_encode_block(isa_in_use());
   for (int64_t start = 0; start < n; start += kBlock) {
     args.symbols = plane + start;
@@ -150,13 +217,14 @@ int64_t encode_tree(const uint8_t* plane, int64_t n, const HuffmanCode& code, ui
 // Writes a plane to out[room], as a tree where that pays, else as it is. Returns the bytes written, or kNoRoom.
 int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* out, int64_t room, uint8_t* mode) {
   const bool nibbles = layout == Layout::nibbles, may_be_raw = !nibbles;  // raw, each would take a byte
-  HuffmanCode code;
+  TreeCode code;
   *mode = kPlaneTree;
   for (bool sampled = n >= kSampledPlane;; sampled = false) {
     const Counts counts = sampled ? count_sample(plane, n, nibbles ? 15 : 255) : count_all(plane, n);
     if (counts.total == 0) continue;
-    build_code(counts.of.data(), &code);
-    const int64_t expected = expected_bytes(code, counts, n);
+    build_code(counts, &code.tree);
+    code.coded_nodes = 0;
+    const int64_t expected = expected_bytes(code.tree, counts, n) - code_node_bits(plane, n, counts, &code);
     if (may_be_raw && !pays(expected, n)) break;
     const int64_t bytes = encode_tree(plane, n, code, out, room);
     if (sampled && (bytes < 0 || bytes > expected + expected / kSampleError)) continue;
@@ -211,7 +279,7 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
   struct Plane {
     uint8_t mode;
     const uint8_t *next, *end;
-    HuffmanCode code;
+    TreeCode code;
     int64_t last_block = 0;  // its bytes
   };
   const int planes = plane_count(layout);
@@ -229,7 +297,8 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
     if (self.mode == kPlaneTree) {
       const Status status = read_table(&self.next, self.end, &self.code);
       if (status != Status::ok) return status;
-      if (layout == Layout::nibbles && std::any_of(self.code.symbols, self.code.symbols + self.code.symbol_count(),
+      if (layout == Layout::nibbles && std::any_of(self.code.tree.symbols,
+                                                   self.code.tree.symbols + self.code.tree.symbol_count(),
                                                    [](uint8_t symbol) { return symbol > 15; }))
         return Status::bad_table;
     } else if (self.mode != kPlaneRaw || layout == Layout::nibbles) {
@@ -244,6 +313,7 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
   JoinPlanesFn* const join = select_join_planes(isa_in_use());
   DecodeBlockArgs args{};
   for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], block + kVectorSlack);
+  args.node_bits = scratch(node_bits_buffer, node_bits_bound(block));
   for (int64_t start = 0; start < n; start += block) {
     const int64_t count = std::min(block, n - start);
     uint8_t* const out = dst + start * element_bytes(layout);

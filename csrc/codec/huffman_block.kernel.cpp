@@ -12,12 +12,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// The bits of an inner node or a leaf, and how many symbols they are for.
-struct Bits {
-  const uint8_t* bits;
-  int n;
-};
-
 // Fetches `bytes` bytes to the second-level cache; they need not be there.
 LEPTON_INLINE void fetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -31,21 +25,22 @@ LEPTON_INLINE bool take_bits(const uint8_t** bits, const uint8_t* end, int64_t n
   return true;
 }
 
-}  // namespace
-
-int64_t huffman_decode_block(const DecodeBlockArgs& args) {
-  const HuffmanCode& code = *args.code;
+// Decodes n symbols of `code` from args.bits to out; the bits of the first `coded_nodes` of args.code->node are coded.
+// NOLINTNEXTLINE(misc-no-recursion): of depth 1
+int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int coded_nodes) {
   if (code.symbol_count() == 1) {
     __builtin_memset(args.out, code.symbols[0], static_cast<size_t>(args.n));
     return 0;
   }
-  Bits node[kMaxLeaves], leaf[kMaxLeaves];
+  NodeBits node[kMaxLeaves], leaf[kMaxLeaves];
   (code.max_depth == 0 ? leaf : node)[0].n = args.n;
   const uint8_t* bits = args.bits;
   const auto take = [&](int64_t n) LEPTON_LAMBDA_INLINE { return take_bits(&bits, args.bits_end, n); };
   const auto bad = [&](int64_t n) {
     return -static_cast<int64_t>(args.bits_end - bits < (n + 7) / 8 ? Status::truncated : Status::bad_padding);
   };
+  int next_coded = 0;
+  uint8_t* decoded_bits = args.node_bits;
   for (int depth = 0; depth <= code.max_depth; ++depth) {
     const int first_leaf = code.first_leaf[depth];
     for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; ++i) {
@@ -56,12 +51,25 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
     if (depth == code.max_depth) break;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
     const int leaves_below = code.leaves[depth + 1];
-    Bits* const leaf_below = leaf + code.first_leaf[depth + 1];
-    Bits* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    NodeBits* const leaf_below = leaf + code.first_leaf[depth + 1];
+    NodeBits* const node_below = node + code.first_node[depth + 1] - leaves_below;
     for (int j = 0; j < count; ++j) {
-      Bits& self = node[first + j];
+      NodeBits& self = node[first + j];
       self.bits = bits;
-      if (!take(self.n)) return bad(self.n);
+      if (next_coded < coded_nodes && args.code->node[next_coded] == first + j) {
+        DecodeBlockArgs of_bits = args;
+        of_bits.bits = bits;
+        of_bits.out = decoded_bits;
+        of_bits.n = (self.n + 7) / 8;
+        const int64_t used = decode_tree(args.code->bits[next_coded++], of_bits, 0);
+        if (used < 0) return used;
+        bits += used;
+        self.bits = decoded_bits;
+        decoded_bits += of_bits.n + kVectorSlack;
+        if (self.n % 8 != 0 && self.bits[self.n / 8] >> self.n % 8 != 0) return -static_cast<int64_t>(Status::bad_padding);
+      } else if (!take(self.n)) {
+        return bad(self.n);
+      }
       const int ones = count_ones(self.bits, self.n), p = 2 * j;
       (p < leaves_below ? leaf_below : node_below)[p].n = self.n - ones;
       (p + 1 < leaves_below ? leaf_below : node_below)[p + 1].n = ones;
@@ -78,12 +86,12 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
     if (depth == code.max_depth) continue;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
     const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
-    const Bits* const leaf_below = leaf + code.first_leaf[depth + 1];
-    const Bits* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    const NodeBits* const leaf_below = leaf + code.first_leaf[depth + 1];
+    const NodeBits* const node_below = node + code.first_node[depth + 1] - leaves_below;
     const uint8_t* const single = code.symbols + code.leaf_begin[code.first_leaf[depth + 1]];
     const uint8_t* in = args.level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
-      const Bits& self = node[first + j];
+      const NodeBits& self = node[first + j];
       const int p = 2 * j;
       fetch(self.bits + args.ahead, self.n / 8);
       if (p + 1 < singles_below) {
@@ -101,15 +109,26 @@ int64_t huffman_decode_block(const DecodeBlockArgs& args) {
   return bits - args.bits;
 }
 
-int64_t huffman_encode_block(const EncodeBlockArgs& args) {
+// Writes n symbols as `code` and returns how many bytes that took, or kNoCode. A node's bits are written to
+// place_for(node), then seen by written(node, bits, n), which returns where the next bits go.
+struct EncodeTreeArgs {
+  const HuffmanCode* code;
+  const uint8_t *symbols, *rank_of;
+  int n;
+  uint8_t *out, *scratch;
+};
+template <typename PlaceFor, typename Written>
+int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const Written& written) {
   const HuffmanCode& code = *args.code;
-  const bool all_coded = translate(args.symbols, args.n, args.rank_of, args.ranks);
+  uint8_t* const ranks = args.scratch;
+  uint8_t* const level[2] = {ranks + args.n + kVectorSlack, ranks + args.n + kVectorSlack + level_bound(args.n)};
+  const bool all_coded = translate(args.symbols, args.n, args.rank_of, ranks);
   if (!all_coded && code.symbol_count() < kMaxLeaves) return kNoCode;
   struct Ranks {
     const uint8_t* ranks;
     int n;
   } node[kMaxLeaves], leaf[kMaxLeaves];
-  (code.max_depth == 0 ? leaf : node)[0] = {args.ranks, args.n};
+  (code.max_depth == 0 ? leaf : node)[0] = {ranks, args.n};
   uint8_t* bits = args.out;
   for (int depth = 0; depth <= code.max_depth; ++depth) {
     const int first_leaf = code.first_leaf[depth];
@@ -122,28 +141,61 @@ int64_t huffman_encode_block(const EncodeBlockArgs& args) {
     const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
     Ranks* const leaf_below = leaf + code.first_leaf[depth + 1];
     Ranks* const node_below = node + code.first_node[depth + 1] - leaves_below;
-    uint8_t* out = args.level[(depth + 1) & 1];
+    uint8_t* out = level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
       const auto [in, n] = node[first + j];
       const auto threshold = static_cast<uint8_t>(code.middle[first + j]);
       const int p = 2 * j;
       Ranks& left = (p < leaves_below ? leaf_below : node_below)[p];
       Ranks& right = (p + 1 < leaves_below ? leaf_below : node_below)[p + 1];
+      uint8_t* const to = place_for(first + j, bits);
       if (p + 1 < singles_below) {
-        partition<false, false>(in, n, threshold, bits, nullptr, nullptr);
+        partition<false, false>(in, n, threshold, to, nullptr, nullptr);
       } else if (p < singles_below) {
-        right = {out, partition<false, true>(in, n, threshold, bits, nullptr, out)};
+        right = {out, partition<false, true>(in, n, threshold, to, nullptr, out)};
         out += right.n + kVectorSlack;
       } else {
         uint8_t* const second = out + n + kVectorSlack;
-        right = {second, partition<true, true>(in, n, threshold, bits, out, second)};
+        right = {second, partition<true, true>(in, n, threshold, to, out, second)};
         left = {out, n - right.n};
         out = second + right.n + kVectorSlack;
       }
-      bits += (n + 7) / 8;
+      bits = written(first + j, to, n);
+      if (bits == nullptr) return kNoCode;
     }
   }
   return bits - args.out;
+}
+
+}  // namespace
+
+int64_t huffman_decode_block(const DecodeBlockArgs& args) {
+  return decode_tree(args.code->tree, args, args.code->coded_nodes);
+}
+
+int64_t huffman_encode_block(const EncodeBlockArgs& args) {
+  const TreeCode& code = *args.code;
+  uint8_t* const node_bits = args.scratch + tree_scratch(args.n);
+  uint8_t* const scratch = node_bits + plain_bytes(args.n, 1) + kVectorSlack;
+  const auto behind = [](int, uint8_t* bits, int n) { return bits + plain_bytes(n, 1); };
+  int next = 0;
+  uint8_t* out = nullptr;
+  const auto is_coded = [&](int node) { return next < code.coded_nodes && code.node[next] == node; };
+  return encode_tree(
+      {&code.tree, args.symbols, args.rank_of[0], args.n, args.out, args.scratch},
+      [&](int node, uint8_t* bits) {
+        out = bits;
+        return is_coded(node) ? node_bits : bits;
+      },
+      [&](int node, uint8_t* bits, int n) -> uint8_t* {
+        if (args.node_bits != nullptr) args.node_bits[node] = {bits, n};
+        if (!is_coded(node)) return behind(node, bits, n);
+        const HuffmanCode& of_bits = code.bits[next++];
+        const auto in_place = [](int, uint8_t* to) { return to; };
+        const int64_t bytes = encode_tree(
+            {&of_bits, bits, args.rank_of[next], static_cast<int>(plain_bytes(n, 1)), out, scratch}, in_place, behind);
+        return bytes < 0 ? nullptr : out + bytes;
+      });
 }
 
 }  // namespace lepton::LEPTON_ISA

@@ -3,13 +3,10 @@
 
 #include <algorithm>
 #include <array>
-#include <bitset>
 #include <cstring>
 
 namespace lepton {
 namespace {
-
-constexpr uint8_t kPlainTree = 0, kGroupTree = 1;
 
 // What a level of the tree costs besides its bit, in 256ths of one: a merge more for every symbol below it.
 constexpr uint64_t kMergePrice = 5;
@@ -47,8 +44,8 @@ uint32_t log2_of(uint32_t x) {
   return (static_cast<uint32_t>(whole) << 16) + kLog.log2[i] + ((kLog.log2[i + 1] - kLog.log2[i]) * rest >> 16);
 }
 
-// False when the leaves do not fill a binary tree exactly.
-bool derive_shape(HuffmanCode* code) {
+// Fills in what follows from the leaves at each depth, which fill a binary tree exactly.
+void derive_shape(HuffmanCode* code) {
   int nodes = code->max_depth > 0 ? 1 : 0, node = 0, leaf = code->max_depth > 0 ? 0 : 1;
   code->first_leaf[0] = 0;
   for (int depth = 0; depth < code->max_depth; ++depth) {
@@ -57,10 +54,8 @@ bool derive_shape(HuffmanCode* code) {
     code->first_leaf[depth + 1] = static_cast<uint16_t>(leaf);
     leaf += code->leaves[depth + 1];
     nodes = 2 * nodes - code->leaves[depth + 1];
-    if (nodes < 0 || node + nodes >= kMaxLeaves) return false;
   }
   code->first_node[code->max_depth] = code->first_node[code->max_depth + 1] = static_cast<uint16_t>(node);
-  if (nodes != 0 || leaf != code->leaf_count) return false;
 
   for (int i = 0; i < leaf; ++i)
     code->leaf_bits[i] = static_cast<uint8_t>(bits_for(code->leaf_begin[i + 1] - code->leaf_begin[i]));
@@ -80,7 +75,6 @@ bool derive_shape(HuffmanCode* code) {
     for (int j = 0; j < count; ++j)
       code->end[first + j] = static_cast<uint16_t>(j + 1 < count ? code->begin[first + j + 1] : code->symbol_count());
   }
-  return true;
 }
 
 // A leaf on its way into the tree.
@@ -91,9 +85,9 @@ struct Leaf {
 };
 
 // Cuts by_count[n], the symbols from the most frequent one down, into leaves.
-int cut_into_leaves(const uint32_t* counts, const std::array<uint8_t, kMaxLeaves>& by_count, int n, Leaf* leaves) {
+int cut_into_leaves(const Counts& counts, const std::array<uint8_t, kMaxLeaves>& by_count, int n, Leaf* leaves) {
   std::array<uint64_t, kMaxLeaves + 1> sum{};
-  for (int i = 0; i < n; ++i) sum[i + 1] = sum[i] + counts[by_count[i]];
+  for (int i = 0; i < n; ++i) sum[i + 1] = sum[i] + counts.of[by_count[i]];
   const uint32_t log_total = log2_of(static_cast<uint32_t>(sum[n]));
   std::array<uint64_t, kMaxLeaves + 1> cost{};  // of the symbols from i on, in 2^16ths of a bit
   std::array<int, kMaxLeaves> size;
@@ -140,14 +134,168 @@ void assign_depths(Leaf* const* leaves, int n) {
   for (int i = 0; i < n; ++i) leaves[i]->depth = nodes[i].depth;
 }
 
+// The table's numbers from 1 on are Elias gamma codes: as many 0 bits as follow the leading 1, the 1, and those bits.
+class GammaWriter {
+ public:
+  explicit GammaWriter(uint8_t* out) : out_(out) {}
+
+  void put(uint32_t value) {
+    const int below = 31 - __builtin_clz(value);
+    bits(0, below);
+    bits(1 | (value ^ 1u << below) << 1, below + 1);
+  }
+  uint8_t* finish() {
+    if (used_ > 0) *out_++ = static_cast<uint8_t>(word_);
+    return out_;
+  }
+
+ private:
+  void bits(uint32_t value, int width) {
+    word_ |= static_cast<uint64_t>(value) << used_;
+    for (used_ += width; used_ >= 8; used_ -= 8, word_ >>= 8) *out_++ = static_cast<uint8_t>(word_);
+  }
+  uint8_t* out_;
+  uint64_t word_ = 0;
+  int used_ = 0;
+};
+
+class GammaReader {
+ public:
+  GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), end_(end) {}
+
+  // 0 where the data ends or the number is larger than the table has any.
+  uint32_t get() {
+    int below = 0;
+    for (int bit = next(); bit != 1; bit = next())
+      if (bit < 0 || ++below > kMostBelow) return 0;
+    uint32_t value = 1u << below;
+    for (int i = 0; i < below; ++i) {
+      const int bit = next();
+      if (bit < 0) return 0;
+      value |= static_cast<uint32_t>(bit) << i;
+    }
+    return value;
+  }
+  bool at_end() const { return in_ == end_; }
+  // Where the next byte begins, or nullptr if the bits before it are not 0.
+  const uint8_t* finish() const { return used_ == 0 ? in_ : in_[0] >> used_ == 0 ? in_ + 1 : nullptr; }
+
+ private:
+  static constexpr int kMostBelow = 8;
+  int next() {
+    if (in_ == end_) return -1;
+    const int bit = *in_ >> used_ & 1;
+    if (++used_ == 8) used_ = 0, ++in_;
+    return bit;
+  }
+  const uint8_t *in_, *end_;
+  int used_ = 0;
+};
+
+// The leaves of a tree and `none`, for symbols that it lacks, the latest named one first; the first place is that of
+// the last one named, which is not named again.
+class RecentLeaves {
+ public:
+  explicit RecentLeaves(int leaf_count) : size_(leaf_count + 2), none_(leaf_count) {
+    order_[0] = kNobody;
+    order_[1] = none_;
+    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = leaf;
+  }
+  int none() const { return none_; }
+  // From 1 on.
+  uint32_t place_of(int leaf) const {
+    return static_cast<uint32_t>(std::find(order_.begin(), order_.begin() + size_, leaf) - order_.begin());
+  }
+  // -1 where nobody is.
+  int take(uint32_t place) {
+    if (place == 0 || place >= static_cast<uint32_t>(size_)) return kNobody;
+    std::rotate(order_.begin(), order_.begin() + place, order_.begin() + place + 1);
+    return order_[0];
+  }
+
+ private:
+  static constexpr int kNobody = -1;
+  int size_, none_;
+  std::array<int, kMaxLeaves + 2> order_;
+};
+
+// A tree's table: how many inner nodes there are at depth 0, 1, ..., a byte each, to the first 0; then the symbols from
+// 0 to 255 in runs of one leaf: its place among RecentLeaves, the length of the run.
+uint8_t* write_tree(const HuffmanCode& code, uint8_t* out) {
+  for (int depth = 0; depth <= code.max_depth; ++depth)
+    *out++ = static_cast<uint8_t>(code.first_node[depth + 1] - code.first_node[depth]);
+  std::array<int, 256> leaf_of;
+  leaf_of.fill(code.leaf_count);
+  for (int leaf = 0; leaf < code.leaf_count; ++leaf)
+    for (int rank = code.leaf_begin[leaf]; rank < code.leaf_begin[leaf + 1]; ++rank) leaf_of[code.symbols[rank]] = leaf;
+  RecentLeaves recent(code.leaf_count);
+  GammaWriter writer(out);
+  for (int symbol = 0; symbol < 256;) {
+    int next = symbol + 1;
+    while (next < 256 && leaf_of[next] == leaf_of[symbol]) ++next;
+    const uint32_t place = recent.place_of(leaf_of[symbol]);
+    recent.take(place);
+    writer.put(place);
+    writer.put(static_cast<uint32_t>(next - symbol));
+    symbol = next;
+  }
+  return writer.finish();
+}
+
+Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
+  std::memset(code, 0, sizeof *code);
+  const uint8_t* p = *in;
+  for (int depth = 0, nodes = 1;; ++depth) {
+    if (p == end) return Status::truncated;
+    const int inner = *p++, leaves = nodes - inner;
+    if (leaves < 0 || (inner > 0 && depth == kMaxDepth) || code->leaf_count + leaves + inner > kMaxLeaves)
+      return Status::bad_table;
+    code->leaves[depth] = static_cast<uint16_t>(leaves);
+    code->leaf_count += leaves;
+    code->max_depth = depth;
+    if (inner == 0) break;
+    nodes = 2 * inner;
+  }
+
+  std::array<uint16_t, 256> leaf_of;
+  std::array<uint16_t, kMaxLeaves + 1> sizes{};
+  RecentLeaves recent(code->leaf_count);
+  GammaReader reader(p, end);
+  for (uint32_t symbol = 0; symbol < 256;) {
+    const uint32_t place = reader.get(), run = place == 0 ? 0 : reader.get();
+    if (run == 0) return reader.at_end() ? Status::truncated : Status::bad_table;
+    const int leaf = recent.take(place);
+    if (leaf < 0 || run > 256 - symbol) return Status::bad_table;
+    sizes[static_cast<size_t>(leaf)] += static_cast<uint16_t>(run);
+    for (const uint32_t last = symbol + run; symbol < last; ++symbol) leaf_of[symbol] = static_cast<uint16_t>(leaf);
+  }
+  if ((p = reader.finish()) == nullptr) return Status::bad_padding;
+
+  for (int depth = 0, leaf = 0; depth <= code->max_depth; ++depth) {
+    for (int i = 0; i < code->leaves[depth]; ++i, ++leaf) {
+      const bool single = sizes[leaf] == 1;
+      if (sizes[leaf] == 0 || (single && i > code->singles[depth])) return Status::bad_table;
+      code->singles[depth] += single;
+      code->leaf_begin[leaf + 1] = static_cast<uint16_t>(code->leaf_begin[leaf] + sizes[leaf]);
+    }
+  }
+  std::array<uint16_t, kMaxLeaves> next;
+  std::copy_n(code->leaf_begin, code->leaf_count, next.begin());
+  for (int symbol = 0; symbol < 256; ++symbol)
+    if (leaf_of[symbol] != recent.none()) code->symbols[next[leaf_of[symbol]]++] = static_cast<uint8_t>(symbol);
+  derive_shape(code);
+  *in = p;
+  return Status::ok;
+}
+
 }  // namespace
 
-void build_code(const uint32_t* counts, HuffmanCode* code) {
+void build_code(const Counts& counts, HuffmanCode* code) {
   std::array<uint8_t, kMaxLeaves> by_count;
   int n = 0;
   for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
-    if (counts[symbol] > 0) by_count[n++] = static_cast<uint8_t>(symbol);
-  std::stable_sort(by_count.begin(), by_count.begin() + n, [&](int a, int b) { return counts[a] > counts[b]; });
+    if (counts.of[symbol] > 0) by_count[n++] = static_cast<uint8_t>(symbol);
+  std::stable_sort(by_count.begin(), by_count.begin() + n, [&](int a, int b) { return counts.of[a] > counts.of[b]; });
   std::array<Leaf, kMaxLeaves> leaves;
   const int leaf_count = cut_into_leaves(counts, by_count, n, leaves.data());
   std::array<Leaf*, kMaxLeaves> order;
@@ -177,67 +325,35 @@ void build_code(const uint32_t* counts, HuffmanCode* code) {
   derive_shape(code);
 }
 
-int table_bytes(const HuffmanCode& code) {
-  const bool groups = code.symbol_count() > code.leaf_count;
-  return 3 + 2 * code.max_depth + (groups ? code.leaf_count : 0) + code.symbol_count();
+int tree_table_bytes(const HuffmanCode& code) {
+  uint8_t table[kMaxTreeTable];
+  return static_cast<int>(write_tree(code, table) - table);
 }
 
-void write_table(const HuffmanCode& code, uint8_t* out) {
-  const bool groups = code.symbol_count() > code.leaf_count;
-  *out++ = groups ? kGroupTree : kPlainTree;
-  *out++ = static_cast<uint8_t>(code.leaf_count - 1);
-  *out++ = static_cast<uint8_t>(code.max_depth);
-  for (int depth = 1; depth <= code.max_depth; ++depth) {
-    *out++ = static_cast<uint8_t>(code.leaves[depth]);
-    *out++ = static_cast<uint8_t>(code.leaves[depth] >> 8);
+int write_table(const TreeCode& code, uint8_t* out) {
+  uint8_t* p = write_tree(code.tree, out);
+  *p++ = static_cast<uint8_t>(code.coded_nodes);
+  for (int i = 0; i < code.coded_nodes; ++i) {
+    *p++ = code.node[i];
+    p = write_tree(code.bits[i], p);
   }
-  for (int leaf = 0; groups && leaf < code.leaf_count; ++leaf)
-    *out++ = static_cast<uint8_t>(code.leaf_begin[leaf + 1] - code.leaf_begin[leaf] - 1);
-  std::memcpy(out, code.symbols, static_cast<size_t>(code.symbol_count()));
+  return static_cast<int>(p - out);
 }
 
-Status read_table(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
-  const uint8_t* p = *in;
-  if (end - p < 3) return Status::truncated;
-  const bool groups = p[0] == kGroupTree;
-  if (!groups && p[0] != kPlainTree) return Status::bad_mode;
-  std::memset(code, 0, sizeof *code);
-  code->leaf_count = p[1] + 1;
-  code->max_depth = p[2];
-  p += 3;
-  if (code->max_depth > kMaxDepth || (code->max_depth == 0) != (code->leaf_count == 1)) return Status::bad_table;
-  if (end - p < 2 * code->max_depth + (groups ? code->leaf_count : 0)) return Status::truncated;
-  code->leaves[0] = code->max_depth == 0;
-  for (int depth = 1; depth <= code->max_depth; ++depth, p += 2) {
-    code->leaves[depth] = static_cast<uint16_t>(p[0] | p[1] << 8);
-    if (code->leaves[depth] > kMaxLeaves) return Status::bad_table;
+Status read_table(const uint8_t** in, const uint8_t* end, TreeCode* code) {
+  Status status = read_tree(in, end, &code->tree);
+  if (status != Status::ok) return status;
+  if (*in == end) return Status::truncated;
+  code->coded_nodes = *(*in)++;
+  if (code->coded_nodes > kMaxCodedNodes) return Status::bad_table;
+  for (int i = 0; i < code->coded_nodes; ++i) {
+    if (*in == end) return Status::truncated;
+    code->node[i] = *(*in)++;
+    if (code->node[i] + 1 >= code->tree.leaf_count || (i > 0 && code->node[i] <= code->node[i - 1]))
+      return Status::bad_table;
+    status = read_tree(in, end, &code->bits[i]);
+    if (status != Status::ok) return status;
   }
-  int symbol_count = 0;
-  for (int leaf = 0; leaf < code->leaf_count; ++leaf) {
-    code->leaf_begin[leaf] = static_cast<uint16_t>(symbol_count);
-    symbol_count += groups ? *p++ + 1 : 1;
-    if (symbol_count > kMaxLeaves) return Status::bad_table;
-  }
-  code->leaf_begin[code->leaf_count] = static_cast<uint16_t>(symbol_count);
-  if (groups && symbol_count == code->leaf_count) return Status::bad_table;
-  if (end - p < symbol_count) return Status::truncated;
-  if (!derive_shape(code) || code->leaves[code->max_depth] == 0) return Status::bad_table;
-  std::memcpy(code->symbols, p, static_cast<size_t>(symbol_count));
-  std::bitset<kMaxLeaves> seen;
-  for (int depth = 0, leaf = 0; depth <= code->max_depth; ++depth) {
-    for (int i = 0; i < code->leaves[depth]; ++i, ++leaf) {
-      const int begin = code->leaf_begin[leaf], size = code->leaf_begin[leaf + 1] - begin;
-      const bool single = size == 1, after_group = i > code->singles[depth];
-      if (single && after_group) return Status::bad_table;
-      if (i > 0 && (after_group || single) && p[begin] <= p[code->leaf_begin[leaf - 1]]) return Status::bad_table;
-      code->singles[depth] += single;
-      for (int s = 0; s < size; ++s) {
-        if (seen[p[begin + s]] || (s > 0 && p[begin + s] <= p[begin + s - 1])) return Status::bad_table;
-        seen[p[begin + s]] = true;
-      }
-    }
-  }
-  *in = p + symbol_count;
   return Status::ok;
 }
 

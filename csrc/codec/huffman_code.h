@@ -1,13 +1,13 @@
-// huffman_code.h - a canonical Huffman code whose leaves hold one symbol or a group of symbols: its construction from
-// counts, its table, and the shape of its tree.
+// huffman_code.h - a Huffman code whose leaves hold one symbol or a group of symbols: its construction from counts, its
+// table, and the shape of its tree.
 //
 // A group's symbols are about equally frequent. A symbol's place in its group is written in plain bits, which a decoder
 // reads at once, instead of one merge a bit.
 //
-// Canonical: leaves sorted by depth, single symbols before groups, then by (first) symbol, fill the tree from the left.
-// At every depth the leaves come first, then the inner nodes, so the number of leaves at each depth gives the whole
-// tree: inner node j of one depth has the nodes 2j and 2j + 1 of the next as children. A symbol's `rank` is its place
-// in the order of the leaves, which is also the order from left to right, so a subtree is a range of ranks.
+// At every depth the leaves come first, then the inner nodes, so the number of inner nodes at each depth gives the whole
+// tree: inner node j of one depth has the nodes 2j and 2j + 1 of the next as children. Of the leaves at one depth, those
+// of one symbol come first. A symbol's `rank` is its place in the order of the leaves, which is also the order from left
+// to right, so a subtree is a range of ranks.
 #pragma once
 
 #include <stdint.h>
@@ -40,16 +40,43 @@ struct HuffmanCode {
   int symbol_count() const { return leaf_begin[leaf_count]; }
 };
 
-// A code for counts[256], at least one of them above 0; the sum is at most 2^26. Of all ways to cut the symbols, in the
-// order of their counts, into groups it takes the shortest, where a level of the tree counts for a little more than the
-// bit it writes (kMergePrice).
-void build_code(const uint32_t* counts, HuffmanCode* code);
+// How often each symbol occurs, and the sum.
+struct Counts {
+  uint32_t of[256] = {};
+  int64_t total = 0;
 
-// The table: a byte kind (0: every leaf holds one symbol, 1: groups), leaf_count - 1, max_depth, max_depth
-// little-endian uint16 (leaves at depth 1, 2, ...), with groups the symbols of each leaf less 1, the symbols by rank.
-int table_bytes(const HuffmanCode& code);
-void write_table(const HuffmanCode& code, uint8_t* out);
-// Reads a table from [*in, end) and moves *in past it. Refuses every table that write_table would not have written.
-Status read_table(const uint8_t** in, const uint8_t* end, HuffmanCode* code);
+  // The symbols of `code` with ranks from `begin` to, not including, `end`.
+  int64_t in_ranks(const HuffmanCode& code, int begin, int end) const {
+    int64_t sum = 0;
+    for (int rank = begin; rank < end; ++rank) sum += of[code.symbols[rank]];
+    return sum;
+  }
+};
+
+// A code for symbols so frequent, at least one of them above 0; the sum is at most 2^26. Of all ways to cut the
+// symbols, in the order of their counts, into groups it takes the shortest, where a level of the tree counts for a
+// little more than the bit it writes (kMergePrice).
+void build_code(const Counts& counts, HuffmanCode* code);
+
+// A node's bits may be coded in turn, where they are skewed (a whole bit for a symbol that three of four are) or regular
+// (sparsity patterns): eight of them are a byte, and bytes are symbols of a code of their own.
+constexpr int kMaxCodedNodes = 4;
+
+struct TreeCode {
+  HuffmanCode tree;
+  int coded_nodes;
+  uint8_t node[kMaxCodedNodes];  // rising numbers of inner nodes
+  HuffmanCode bits[kMaxCodedNodes];
+};
+
+// The table; docs/codec-format.md describes it.
+constexpr int kMaxTreeTable = kMaxDepth + 1 + (2 * kMaxLeaves * 17 + 7) / 8;
+constexpr int kMaxTable = (kMaxCodedNodes + 1) * kMaxTreeTable + 1 + kMaxCodedNodes;
+// Writes it to out[kMaxTable] and returns its size.
+int write_table(const TreeCode& code, uint8_t* out);
+// The bytes of a tree's part of it.
+int tree_table_bytes(const HuffmanCode& code);
+// Reads a table from [*in, end) and moves *in past it.
+Status read_table(const uint8_t** in, const uint8_t* end, TreeCode* code);
 
 }  // namespace lepton

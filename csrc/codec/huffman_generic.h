@@ -1,46 +1,81 @@
-// huffman_generic.h - huffman_simd.h in plain C++.
+// huffman_generic.h - huffman_simd.h in plain C++, on words of 8 bytes.
 #pragma once
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// one where bit is 1, zero where it is 0: both are read, for a branch on such bits is a coin toss.
-LEPTON_INLINE uint8_t select(int bit, uint8_t zero, uint8_t one) {
-  return static_cast<uint8_t>(zero ^ ((zero ^ one) & -bit));
+// expand(word, b): the lowest bytes of a word move up to where b has its ones, in order, in three steps of 4, 2 and 1
+// bytes; the others become 0. mask[b]: 255 where b has its ones.
+struct ExpandTables {
+  uint64_t moves[256][3];
+  uint64_t mask[256];
+  uint8_t ones[256];  // popcount, for the processor may have no instruction
+};
+
+constexpr ExpandTables make_tables() {
+  ExpandTables tables{};
+  for (int b = 0; b < 256; ++b) {
+    int ones = 0;
+    for (int i = 0; i < 8; ++i) {
+      if (!(b >> i & 1)) continue;
+      // Byte `ones` has a way of i - ones to go. The longest step comes first: none meets another byte.
+      const int way = i - ones;
+      int at = ones++;
+      for (int step = 0; step < 3; ++step) {
+        const int length = 4 >> step;
+        if (!(way & length)) continue;
+        at += length;
+        tables.moves[b][step] |= uint64_t{0xff} << 8 * at;
+      }
+      tables.mask[b] |= uint64_t{0xff} << 8 * i;
+    }
+    tables.ones[b] = static_cast<uint8_t>(ones);
+  }
+  return tables;
 }
 
-LEPTON_INLINE int bit_at(const uint8_t* bits, int i) { return bits[i >> 3] >> (i & 7) & 1; }
+constexpr ExpandTables kExpand = make_tables();
+
+LEPTON_INLINE uint64_t expand(uint64_t word, unsigned b) {
+  const uint64_t* const moves = kExpand.moves[b];
+  word = (word & ~moves[0]) | (word << 32 & moves[0]);
+  word = (word & ~moves[1]) | (word << 16 & moves[1]);
+  word = (word & ~moves[2]) | (word << 8 & moves[2]);
+  return word & kExpand.mask[b];
+}
+
+LEPTON_INLINE uint64_t splat(uint8_t byte) { return byte * uint64_t{0x0101010101010101}; }
 
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
-  for (int i = 0; i < n; ++i) {
-    const int bit = bit_at(bits, i);
-    out[i] = select(bit, *left, *right);
-    right += bit;
-    left += 1 - bit;
+  for (int i = 0; i < n; i += 8) {
+    const unsigned b = *bits++;
+    store_word(out + i, expand(load_word(left, 8), b ^ 0xff) | expand(load_word(right, 8), b), 8);
+    right += kExpand.ones[b];
+    left += 8 - kExpand.ones[b];
   }
 }
 
 LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
-  for (int i = 0; i < n; ++i) {
-    const int bit = bit_at(bits, i);
-    out[i] = select(bit, symbol, *right);
-    right += bit;
+  const uint64_t left = splat(symbol);
+  for (int i = 0; i < n; i += 8) {
+    const unsigned b = *bits++;
+    store_word(out + i, (left & ~kExpand.mask[b]) | expand(load_word(right, 8), b), 8);
+    right += kExpand.ones[b];
   }
 }
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
-  for (int i = 0; i < n; ++i) out[i] = select(bit_at(bits, i), symbol0, symbol1);
+  const uint64_t zeros = splat(symbol0), change = zeros ^ splat(symbol1);
+  for (int i = 0; i < n; i += 8) store_word(out + i, zeros ^ (change & kExpand.mask[bits[i / 8]]), 8);
 }
 
 LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
-  look_up_words(out, n, bits, k, symbols);
-}
-
-LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
-  int ones = 0;
-  for (int i = 0; i < n / 8; ++i) ones += __builtin_popcount(bits[i]);
-  if (n % 8 != 0) ones += __builtin_popcount(bits[n / 8] & ((1u << n % 8) - 1));
-  return ones;
+  const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
+  const uint64_t mask = (1u << k) - 1;
+  for (int i = 0; i < n; i += 8, bits += k) {
+    const uint64_t places = load_word(bits, end - bits);
+    for (int j = 0; j < 8; ++j) out[i + j] = symbols[places >> j * k & mask];
+  }
 }
 
 template <bool keep_left, bool keep_right>
@@ -55,7 +90,7 @@ LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* b
       if constexpr (keep_right) *right = in[j], right += bit;
     }
     bits[i / 8] = static_cast<uint8_t>(byte);
-    ones += __builtin_popcount(byte);
+    ones += kExpand.ones[byte];
   }
   return ones;
 }

@@ -23,17 +23,7 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Eight numbers of k bits, packed from the lowest bit of a word up, to the bytes of a word, and back.
-LEPTON_INLINE uint64_t spread_numbers(uint64_t packed, int k) {
-  const uint64_t mask = (1u << k) - 1;
-#if defined(__BMI2__)
-  return __builtin_ia32_pdep_di(packed, mask * 0x0101010101010101);
-#else
-  uint64_t bytes = 0;
-  for (int i = 0; i < 8; ++i) bytes |= (packed >> i * k & mask) << 8 * i;
-  return bytes;
-#endif
-}
+// Eight numbers of k bits in the bytes of a word, packed from the lowest bit up.
 LEPTON_INLINE uint64_t gather_numbers(uint64_t bytes, int k) {
   const uint64_t mask = (1u << k) - 1;
 #if defined(__BMI2__)
@@ -59,18 +49,6 @@ LEPTON_INLINE void store_word(uint8_t* p, uint64_t word, int64_t bytes) {
     __builtin_memcpy(p, &word, 8);
   else
     for (int i = 0; i < bytes; ++i) p[i] = static_cast<uint8_t>(word >> 8 * i);
-}
-
-// Places in a group, eight at a time: 8 * k bits are k bytes.
-template <typename Lookup>
-LEPTON_INLINE void unpack_words(uint8_t* out, int n, const uint8_t* bits, int k, const Lookup& lookup) {
-  const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
-  for (int i = 0; i < n; i += 8, bits += k) lookup(out + i, spread_numbers(load_word(bits, end - bits), k));
-}
-LEPTON_INLINE void look_up_words(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
-  unpack_words(out, n, bits, k, [&](uint8_t* to, uint64_t places) LEPTON_LAMBDA_INLINE {
-    for (int i = 0; i < 8; ++i) to[i] = symbols[places >> 8 * i & 0xff];
-  });
 }
 
 LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
@@ -99,6 +77,13 @@ LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uin
   }
   return all;
 }
+
+LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
+  int64_t ones = 0;
+  int i = 0;
+  for (; i + 64 <= n; i += 64) ones += __builtin_popcountll(load_word(bits + i / 8, 8));
+  return static_cast<int>(ones) + __builtin_popcountll(load_word(bits + i / 8, (n - i + 7) / 8));  // bits past n are 0
+}
 #endif
 
 }  // namespace
@@ -106,8 +91,8 @@ LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uin
 
 #if defined(__AVX512VBMI2__)
 #include "codec/huffman_vbmi2.h"
-#elif defined(__SSSE3__)
-#include "codec/huffman_ssse3.h"
+#elif defined(__SSSE3__) || defined(__ARM_NEON)
+#include "codec/huffman_shuffle.h"
 #else
 #include "codec/huffman_generic.h"
 #endif

@@ -2,8 +2,10 @@
 #include "codec/lzw.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -42,247 +44,348 @@ int width_of(const Dialect& d, int64_t k) {
   return std::min<int>(d.max_bits, std::bit_width(static_cast<uint64_t>(d.first_free - 1 + k + d.early)));
 }
 
-uint64_t reverse_bytes(uint64_t word) { return __builtin_bswap64(word); }
+// How many codes from code k on are as wide as it.
+int64_t codes_as_wide(const Dialect& d, int64_t k) {
+  const int width = width_of(d, k);
+  if (width == d.max_bits) return std::numeric_limits<int64_t>::max();
+  return (int64_t{1} << width) - (d.first_free - 1 + k + d.early);
+}
 
-class BitWriter {
+void store64(uint8_t* p, uint64_t word) { std::memcpy(p, &word, 8); }
+
+// Writes codes at their widths. Up to kWordSlack bytes behind what was written may change.
+constexpr int kWordSlack = 8;
+
+class CodeWriter {
  public:
-  BitWriter(uint8_t* out, bool high_first) : out_(out), high_first_(high_first) {}
+  CodeWriter(const Dialect& dialect, uint8_t* out) : d_(dialect), out_(out) {}
 
-  void put(uint32_t code, int width) {
-    if (high_first_) {
-      word_ |= static_cast<uint64_t>(code) << (64 - used_ - width);
-    } else {
-      word_ |= static_cast<uint64_t>(code) << used_;
+  void put(const uint16_t* codes, int64_t n) {
+    while (n > 0) {
+      const int width = width_of(d_, k_);
+      if (width != width_) end_width();
+      width_ = width;
+      const int64_t now = std::min(n, codes_as_wide(d_, k_));
+      d_.high_first ? put_same<true>(codes, now) : put_same<false>(codes, now);
+      k_ += now;
+      in_width_ += now;
+      codes += now;
+      n -= now;
     }
-    used_ += width;
-    while (used_ >= 8) emit();
+  }
+  void put(int code) {
+    const auto one = static_cast<uint16_t>(code);
+    put(&one, 1);
+  }
+  // After the clear code.
+  void restart() {
+    end_width();
+    k_ = 0;
+    width_ = width_of(d_, 0);
   }
   uint8_t* finish() {
-    if (used_ > 0) emit();
+    store64(out_, word_in_order());
+    out_ += (used_ + 7) / 8;
     used_ = 0;
+    word_ = 0;
     return out_;
-  }
-  void skip_bytes(int64_t bytes) {
-    finish();
-    std::memset(out_, 0, static_cast<size_t>(bytes));
-    out_ += bytes;
   }
   const uint8_t* position() const { return out_; }
 
  private:
-  void emit() {
-    *out_++ = static_cast<uint8_t>(high_first_ ? word_ >> 56 : word_);
-    word_ = high_first_ ? word_ << 8 : word_ >> 8;
-    used_ -= 8;
+  template <bool high_first>
+  void put_same(const uint16_t* codes, int64_t n) {
+    uint64_t word = word_;
+    int used = used_;
+    uint8_t* out = out_;
+    for (int64_t i = 0; i < n; ++i) {
+      used += width_;  // at most 7 + 16
+      word = high_first ? word | static_cast<uint64_t>(codes[i]) << (64 - used)
+                        : word | static_cast<uint64_t>(codes[i]) << (used - width_);
+      store64(out, high_first ? __builtin_bswap64(word) : word);
+      out += used >> 3;
+      word = high_first ? word << (used & ~7) : word >> (used & ~7);
+      used &= 7;
+    }
+    word_ = word;
+    used_ = used;
+    out_ = out;
   }
+  uint64_t word_in_order() const { return d_.high_first ? __builtin_bswap64(word_) : word_; }
+
+  // compress(1) writes codes of one width in groups of 8, the last one padded.
+  void end_width() {
+    if (d_.groups && in_width_ % 8 != 0) {
+      finish();
+      const int64_t padding = (8 - in_width_ % 8) * width_ / 8;
+      std::memset(out_, 0, static_cast<size_t>(padding));
+      out_ += padding;
+    }
+    in_width_ = 0;
+  }
+
+  const Dialect& d_;
   uint8_t* out_;
   uint64_t word_ = 0;
-  int used_ = 0;
-  bool high_first_;
+  int used_ = 0, width_ = 0;
+  int64_t k_ = 0, in_width_ = 0;  // codes since the last clear, and of this width
 };
 
-// Reads `width` bits from bit `position` of in[size]; the caller knows that they are there.
-template <bool high_first>
-uint32_t read_bits(const uint8_t* in, int64_t size, int64_t position, int width) {
-  const int64_t byte = position >> 3;
-  uint64_t word = 0;
-  if (size - byte >= 8) {
-    std::memcpy(&word, in + byte, 8);
-  } else {
-    std::memcpy(&word, in + byte, static_cast<size_t>(size - byte));
-  }
-  const int skip = static_cast<int>(position & 7);
-  if constexpr (high_first) return static_cast<uint32_t>(reverse_bytes(word) << skip >> (64 - width));
-  return static_cast<uint32_t>(word >> skip) & ((1u << width) - 1);
-}
-
-// (prefix code, byte) -> code, open addressing. An entry of an older generation is empty: a clear costs nothing.
-class Dictionary {
+// (code, byte) -> the code of that string, as far as it is remembered: a string is kept where its hash says, and pushes out
+// what was there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is
+// no chain to follow, and no branch that nobody can predict.
+class Strings {
  public:
-  explicit Dictionary(int max_bits) : shift_(32 - (max_bits + 2)), slots_(size_t{1} << (max_bits + 2)) {}
+  explicit Strings(int max_bits)
+      : hash_mask_((1u << (max_bits + 8)) - 1), slots_(size_t{1} << (max_bits + 8 - kTagBits), 0) {}
 
-  void clear() { ++generation_; }
-  // The code of (prefix, byte), or -1 and the slot to hand to insert.
-  int find(uint32_t prefix, uint8_t byte, uint32_t* slot) const {
-    const uint32_t key = prefix << 8 | byte;
-    uint32_t i = key * 0x9E3779B1u >> shift_;  // Knuth's multiplicative hash, 2^32 / golden ratio
-    for (;; i = (i + 1) & static_cast<uint32_t>(slots_.size() - 1)) {
-      const Slot& s = slots_[i];
-      if (s.generation != generation_) {
-        *slot = i;
-        return -1;
-      }
-      if (s.key == key) return s.code;
+  void clear() { std::fill(slots_.begin(), slots_.end(), 0u); }
+
+  // Extends the string `prefix` byte by byte through src[n]. Where it and the next byte are no known string, its code is
+  // added to codes, and, if `learns`, the new string gets the code `next`. Returns the number of codes added.
+  template <bool learns>
+  int64_t parse(const uint8_t* src, int64_t n, uint32_t* prefix, int next, uint16_t* codes) {
+    uint32_t* const slots = slots_.data();
+    const uint32_t mask = hash_mask_;
+    uint32_t string = *prefix;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t byte = src[i];
+      // Odd factor: a one-to-one map of max_bits + 8 bits, so the slot's number and the tag are the string.
+      const uint32_t hash = (string << 8 | byte) * 0x9E3779B1u & mask;
+      uint32_t& slot = slots[hash >> kTagBits];
+      const uint32_t tag = kUsed | (hash & ((1u << kTagBits) - 1)) << 16, found = slot;
+      const uint32_t known = (found ^ tag) >> 16 == 0 ? ~0u : 0u;
+      codes[count] = static_cast<uint16_t>(string);
+      if constexpr (learns) slot = (known & found) | (~known & (tag | static_cast<uint32_t>(next + count)));
+      string = (known & found & 0xffff) | (~known & byte);
+      count += known + 1;
     }
-  }
-  void insert(uint32_t slot, uint32_t prefix, uint8_t byte, int code) {
-    slots_[slot] = {prefix << 8 | byte, static_cast<uint16_t>(code), generation_};
+    *prefix = string;
+    return count;
   }
 
  private:
-  struct Slot {
-    uint32_t key;
-    uint16_t code;
-    uint32_t generation;
-  };
-  int shift_;
-  std::vector<Slot> slots_;
-  uint32_t generation_ = 1;
+  static constexpr int kTagBits = 7;
+  static constexpr uint32_t kUsed = 1u << 31;
+  uint32_t hash_mask_;
+  std::vector<uint32_t> slots_;  // kUsed, tag << 16, code
 };
 
 // compress(1) looks at its ratio this often once the dictionary is full, and starts anew when it fell.
 constexpr int64_t kCheckInterval = 10000;
+constexpr int64_t kCodesAtOnce = 1 << 14;
 
 uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_t* dst) {
-  BitWriter writer(dst, d.high_first);
-  Dictionary dictionary(d.max_bits);
-  int64_t k = 0;  // codes since the last clear
-  int width = width_of(d, 0);
-  int64_t in_width = 0;  // codes of this width
-  const auto pad_group = [&] {
-    if (d.groups && in_width % 8 != 0) writer.skip_bytes((8 - in_width % 8) * width / 8);
-    in_width = 0;
-  };
-  const auto emit = [&](int code) {
-    const int now = width_of(d, k);
-    if (now != width) pad_group();
-    width = now;
-    writer.put(static_cast<uint32_t>(code), width);
-    ++k;
-    ++in_width;
-  };
+  CodeWriter writer(d, dst);
+  Strings strings(d.max_bits);
+  std::array<uint16_t, kCodesAtOnce> codes;
   const auto clear = [&] {
-    emit(d.clear);
-    pad_group();
-    dictionary.clear();
-    k = 0;
-    width = width_of(d, 0);
+    writer.put(d.clear);
+    writer.restart();
+    strings.clear();
+    return d.first_free;
   };
-  // GIF and TIFF streams begin with a clear code; it counts for nothing.
-  if (d.end >= 0) clear();
-
-  int next = d.first_free, prefix = -1;
-  int64_t check_at = kCheckInterval;
-  double best_ratio = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    if (prefix < 0) {
-      prefix = src[i];
-      continue;
-    }
-    uint32_t slot;
-    const int longer = dictionary.find(static_cast<uint32_t>(prefix), src[i], &slot);
-    if (longer >= 0) {
-      prefix = longer;
-      continue;
-    }
-    emit(prefix);
-    if (next < d.limit) {
-      dictionary.insert(slot, static_cast<uint32_t>(prefix), src[i], next++);
-    } else if (d.end >= 0) {
-      clear();
-      next = d.first_free;
-    } else if (d.clear >= 0 && i >= check_at) {
-      check_at = i + kCheckInterval;
-      const double ratio = static_cast<double>(i) / static_cast<double>(writer.position() - dst + 1);
-      if (ratio < best_ratio) {
-        clear();
-        next = d.first_free;
-        best_ratio = 0;
+  int next = d.end >= 0 ? clear() : d.first_free;  // GIF and TIFF streams begin with a clear code
+  if (size > 0) {
+    uint32_t prefix = src[0];
+    int64_t check_at = kCheckInterval;
+    double best_ratio = 0;
+    for (int64_t i = 1; i < size;) {
+      const int64_t most = std::min(size - i, kCodesAtOnce);
+      if (next < d.limit) {
+        const int64_t n = std::min<int64_t>(most, d.limit - next);  // a string a byte, at most
+        const int64_t added = strings.parse<true>(src + i, n, &prefix, next, codes.data());
+        writer.put(codes.data(), added);
+        next += static_cast<int>(added);
+        i += n;
+        if (next == d.limit && d.end >= 0) next = clear();
       } else {
-        best_ratio = ratio;
+        const bool checks = d.clear >= 0;
+        const int64_t n = checks ? std::min(most, std::max<int64_t>(check_at - i, 1)) : most;
+        writer.put(codes.data(), strings.parse<false>(src + i, n, &prefix, next, codes.data()));
+        i += n;
+        if (!checks || i < check_at) continue;
+        check_at = i + kCheckInterval;
+        const double ratio = static_cast<double>(i) / static_cast<double>(writer.position() - dst + 1);
+        if (ratio >= best_ratio) {
+          best_ratio = ratio;
+        } else if (i < size) {
+          writer.put(static_cast<int>(prefix));
+          next = clear();
+          best_ratio = 0;
+          prefix = src[i++];
+        }
       }
     }
-    prefix = src[i];
+    writer.put(static_cast<int>(prefix));
   }
-  if (prefix >= 0) emit(prefix);
-  if (d.end >= 0) emit(d.end);
+  if (d.end >= 0) writer.put(d.end);
   return writer.finish();
 }
 
-// The dictionary of a decoder: entry code is text[start[code] .. start[code] + length[code]].
-struct Entries {
-  std::unique_ptr<int64_t[]> start{new int64_t[1 << kMaxBits]};
-  std::unique_ptr<int64_t[]> length{new int64_t[1 << kMaxBits]};
+// A string of the dictionary: its first 8 bytes, and where in the text it stands and how long it is.
+struct Entry {
+  static constexpr int kLengthBits = 17;  // each of 2^16 entries may be one byte longer than another
+  uint64_t head, place;
+
+  static Entry of(uint64_t head, int64_t at, int64_t length) {
+    return {head, static_cast<uint64_t>(at) << kLengthBits | static_cast<uint64_t>(length)};
+  }
+  int64_t at() const { return static_cast<int64_t>(place >> kLengthBits); }
+  int64_t length() const { return static_cast<int64_t>(place & ((1u << kLengthBits) - 1)); }
+  uint64_t first() const { return head & 0xff; }
+  // This string, as it stands at `at`, and a byte more.
+  Entry longer(uint64_t byte, int64_t at) const {
+    const int64_t n = length();
+    return of(head | (n < 8 ? byte << 8 * (n & 7) : 0), at, n + 1);
+  }
 };
 
-// Copies n bytes from `from` to `to`, from < to; the ranges may overlap as in text[to + i] = text[from + i], i rising.
-inline void copy_string(uint8_t* to, const uint8_t* from, int64_t n, int64_t room) {
-  constexpr int kStep = 16;
-  if (to - from >= kStep && room >= n + kStep) {
-    for (int64_t i = 0; i < n; i += kStep) std::memcpy(to + i, from + i, kStep);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  }
-}
+constexpr int kCopySlack = 16;
 
-// Decodes codes until the end code, `size` bytes of text (lepton), or the end of the stream (compress). Without `write`
-// only the length of the text is found, at most `size`.
-template <bool write, bool high_first>
-Status decode_codes(const uint8_t* in, int64_t in_size, const Dialect& d, uint8_t* out, int64_t size,
-                    int64_t* text_size) {
-  thread_local Entries entries;
-  int64_t* const start = entries.start.get();
-  int64_t* const length = entries.length.get();
-  const int64_t in_bits = 8 * in_size;
-  int64_t position = 0, text = 0, k = 0, group_begin = 0;
-  int64_t previous = 0, previous_length = 0;
-  int width = width_of(d, 0);
-  const bool ends_by_size = d.clear < 0;
-  const auto pad_group = [&] {
-    const int64_t group_bits = 8 * width, used = position - group_begin;
-    if (d.groups) position = group_begin + (used + group_bits - 1) / group_bits * group_bits;
-    group_begin = position;
-  };
-  while (!ends_by_size || text < size) {
-    const int now = width_of(d, k);
-    if (now != width) {
-      pad_group();
-      width = now;
+// The text, which grows where its owner lets it.
+struct Text {
+  uint8_t* data;
+  int64_t room;
+  const LzwGrow* grow;
+
+  bool make_room(int64_t size) {
+    if (size > room && grow != nullptr) data = (*grow)(size, &room);
+    return size <= room && data != nullptr;
+  }
+};
+
+// Decodes codes until the end code, until the text is full (lepton), or the end of the stream (compress).
+template <bool high_first>
+class Decoder {
+ public:
+  Decoder(const Dialect& dialect, const uint8_t* in, int64_t in_size) : d_(dialect), in_(in), in_size_(in_size) {
+    thread_local const std::unique_ptr<Entry[]> entries(new Entry[size_t{1} << kMaxBits]);
+    entries_ = entries.get();
+    for (int code = 0; code < literals(); ++code) entries_[code] = Entry::of(static_cast<uint64_t>(code), 0, 1);
+    width_ = width_of(d_, 0);
+  }
+
+  Status decode(Text* text, int64_t* size) {
+    const bool fills = d_.clear < 0;
+    bool done = false;
+    while (!done && (!fills || size_ < text->room)) {
+      if (k_ > 0 && width_ == width_of(d_, k_)) next() < last() ? ordinary_codes<true>(*text) : ordinary_codes<false>(*text);
+      if (fills && size_ == text->room) break;
+      const Status status = one_code(text, &done);
+      if (status != Status::ok) return status;
     }
-    if (in_bits - position < width) {
+    if (fills) {
+      if (in_size_ != (position_ + 7) / 8) return Status::trailing;
+      if (position_ % 8 != 0 && in_[in_size_ - 1] >> position_ % 8 != 0) return Status::bad_padding;
+    }
+    *size = size_;
+    return Status::ok;
+  }
+
+ private:
+  int literals() const { return d_.clear >= 0 ? std::min(d_.clear, 256) : 256; }
+  // The entry that the next code's first byte completes, and the number that is none any more.
+  int64_t next() const { return d_.first_free + k_ - 1; }
+  int64_t last() const { return int64_t{1} << d_.max_bits; }
+
+  void end_group() {
+    const int64_t bits = 8 * width_, used = position_ - group_begin_;
+    if (d_.groups) position_ = group_begin_ + (used + bits - 1) / bits * bits;
+    group_begin_ = position_;
+  }
+
+  // Reads 8 bytes from where the code begins, or what there is.
+  uint32_t code_at(int64_t position, bool near_end) const {
+    const uint8_t* const p = in_ + (position >> 3);
+    const int skip = static_cast<int>(position & 7);
+    uint64_t word = 0;
+    std::memcpy(&word, p, near_end ? static_cast<size_t>(std::min<int64_t>(in_ + in_size_ - p, 8)) : 8);
+    if constexpr (high_first) return static_cast<uint32_t>(__builtin_bswap64(word) << skip >> (64 - width_));
+    return static_cast<uint32_t>(word >> skip) & ((1u << width_) - 1);
+  }
+
+  // As many codes as have the current width, lie well inside the stream and the text, and are strings of before.
+  template <bool grows>
+  void ordinary_codes(const Text& text) {
+    int64_t count = std::min(codes_as_wide(d_, k_), (8 * (in_size_ - 7) - position_) / width_);
+    if (grows) count = std::min(count, last() - next());
+    uint8_t* const out = text.data;
+    const int64_t room = text.room - kCopySlack;
+    const uint32_t clear = static_cast<uint32_t>(d_.clear), end = static_cast<uint32_t>(d_.end);
+    uint32_t next_code = static_cast<uint32_t>(std::min(next(), last()));
+    int64_t at = size_, position = position_, previous_at = previous_at_, left = count;
+    Entry previous = previous_;
+    for (; left > 0; --left) {
+      const uint32_t code = code_at(position, false);
+      if (code >= next_code || code == clear || code == end) break;
+      const Entry string = entries_[code];
+      const int64_t n = string.length();
+      if (at + n > room) break;
+      store64(out + at, string.head);
+      for (int64_t i = 8; i < n; i += kCopySlack) std::memcpy(out + at + i, out + string.at() + i, kCopySlack);
+      if constexpr (grows) entries_[next_code++] = previous.longer(string.first(), previous_at);
+      previous = string;
+      previous_at = at;
+      at += n;
+      position += width_;
+    }
+    k_ += std::max<int64_t>(count, 0) - std::max<int64_t>(left, 0);
+    size_ = at;
+    position_ = position;
+    previous_at_ = previous_at;
+    previous_ = previous;
+  }
+
+  Status one_code(Text* text, bool* done) {
+    const int width = width_of(d_, k_);
+    if (width != width_) end_group();
+    width_ = width;
+    if (8 * in_size_ - position_ < width) {
       // A .Z file has no end code: it ends where no further code fits.
-      if (d.clear >= 0 && d.end < 0) break;
-      return Status::truncated;
+      *done = d_.clear >= 0 && d_.end < 0;
+      return *done ? Status::ok : Status::truncated;
     }
-    const int code = static_cast<int>(read_bits<high_first>(in, in_size, position, width));
-    position += width;
-    if (code == d.clear) {
-      pad_group();
-      k = 0;
-      width = width_of(d, 0);
-      continue;
+    const auto code = static_cast<int>(code_at(position_, true));
+    position_ += width;
+    if (code == d_.clear) {
+      end_group();
+      k_ = 0;
+      width_ = width_of(d_, 0);
+      return Status::ok;
     }
-    if (code == d.end) break;  // what writers pad a strip or an image with is not ours to judge
-    // The entry that this code's first byte completes: the previous string and one byte more.
-    const int64_t next = d.first_free + k - 1;
-    const bool grows = k > 0 && next < (int64_t{1} << d.max_bits);
-    if (grows) {
-      start[next] = previous;
-      length[next] = previous_length + 1;
-    }
-    const bool literal = code < (d.clear >= 0 ? std::min(d.clear, 256) : 256);
-    if (!literal && (code < d.first_free || code > std::min<int64_t>(next, (int64_t{1} << d.max_bits) - 1) || k == 0))
+    *done = code == d_.end;  // what writers pad a strip or an image with is not ours to judge
+    if (*done) return Status::ok;
+    if (code >= literals() && (k_ == 0 || code < d_.first_free || code > std::min(next(), last() - 1)))
       return Status::bad_code;
-    const int64_t n = literal ? 1 : length[code];
-    if (n > size - text) return Status::too_long;
-    if constexpr (write) {
-      if (literal) {
-        out[text] = static_cast<uint8_t>(code);
-      } else {
-        copy_string(out + text, out + start[code], n, size - text);
-      }
-    }
-    previous = text;
-    previous_length = n;
-    text += n;
-    ++k;
+    if (k_ > 0 && next() < last())
+      entries_[next()] = previous_.longer((code == next() ? previous_ : entries_[code]).first(), previous_at_);
+    const Entry string = entries_[code];
+    const int64_t n = string.length();
+    if (!text->make_room(size_ + n)) return Status::too_long;
+    uint8_t* const to = text->data + size_;
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = i < 8 ? static_cast<uint8_t>(string.head >> 8 * i) : text->data[string.at() + i];
+    previous_ = string;
+    previous_at_ = size_;
+    size_ += n;
+    ++k_;
+    return Status::ok;
   }
-  if (ends_by_size) {
-    if (in_size != (position + 7) / 8) return Status::trailing;
-    if (position % 8 != 0 && in[in_size - 1] >> position % 8 != 0) return Status::bad_padding;
-  }
-  *text_size = text;
-  return Status::ok;
+
+  const Dialect& d_;
+  const uint8_t* in_;
+  int64_t in_size_, position_ = 0, group_begin_ = 0;  // positions in bits
+  int64_t size_ = 0, k_ = 0, previous_at_ = 0;
+  int width_;
+  Entry previous_{};
+  Entry* entries_;
+};
+
+Status decode_codes(const uint8_t* in, int64_t in_size, const Dialect& d, Text* text, int64_t* size) {
+  return d.high_first ? Decoder<true>(d, in, in_size).decode(text, size)
+                      : Decoder<false>(d, in, in_size).decode(text, size);
 }
 
 constexpr uint8_t kCompressMagic[2] = {0x1f, 0x9d};
@@ -329,25 +432,12 @@ Status unwrap(const uint8_t* in, int64_t size, LzwVariant variant, std::vector<u
   return Status::ok;
 }
 
-template <bool write>
-Status decode_stream(const uint8_t* in, int64_t in_size, LzwVariant variant, uint8_t* out, int64_t size,
-                     int64_t* text) {
-  std::vector<uint8_t> storage;
-  Dialect d;
-  const uint8_t* codes;
-  int64_t codes_size;
-  const Status status = unwrap(in, in_size, variant, &storage, &d, &codes, &codes_size);
-  if (status != Status::ok) return status;
-  return d.high_first ? decode_codes<write, true>(codes, codes_size, d, out, size, text)
-                      : decode_codes<write, false>(codes, codes_size, d, out, size, text);
-}
-
 }  // namespace
 
 int64_t lzw_bound(int64_t size, LzwVariant variant) {
   // At worst every byte is a code of its own, of at most 2 bytes (12 bits where a clear and an end code come on top,
   // at most one clear for 1024 codes); groups pad 8 codes for each of 8 widths and at each clear.
-  const int64_t codes = 2 * size + size / 256 + 512;
+  const int64_t codes = 2 * size + size / 256 + 512 + kWordSlack;
   return variant == LzwVariant::gif ? codes + codes / kSubBlock + 3 : codes;
 }
 
@@ -376,15 +466,15 @@ int64_t lzw_encode(const uint8_t* src, int64_t size, LzwVariant variant, uint8_t
   return encode_codes(src, size, dialect_of(variant, kLeptonBits), dst) - dst;
 }
 
-Status lzw_decoded_size(const uint8_t* stream, int64_t stream_size, LzwVariant variant, int64_t limit, int64_t* size) {
-  return decode_stream<false>(stream, stream_size, variant, nullptr, limit, size);
-}
-
-Status lzw_decode(const uint8_t* stream, int64_t stream_size, LzwVariant variant, uint8_t* dst, int64_t size) {
-  int64_t text = 0;
-  const Status status = decode_stream<true>(stream, stream_size, variant, dst, size, &text);
+Status lzw_decode(const uint8_t* stream, int64_t stream_size, LzwVariant variant, const LzwGrow& grow, int64_t* size) {
+  std::vector<uint8_t> storage;
+  Dialect d;
+  const uint8_t* codes;
+  int64_t codes_size;
+  const Status status = unwrap(stream, stream_size, variant, &storage, &d, &codes, &codes_size);
   if (status != Status::ok) return status;
-  return text == size ? Status::ok : Status::truncated;
+  Text text{nullptr, 0, &grow};
+  return decode_codes(codes, codes_size, d, &text, size);
 }
 
 int64_t lzw_encode_chunk(const uint8_t* src, int64_t size, uint8_t* dst) {
@@ -406,8 +496,9 @@ Status lzw_decode_chunk(const uint8_t* payload, int64_t payload_size, uint8_t* d
     return Status::ok;
   }
   if (bits < 9 || bits > kMaxBits) return Status::bad_mode;
-  int64_t text = 0;
-  return decode_codes<true, false>(payload, payload_size, dialect_of(LzwVariant::lepton, bits), dst, size, &text);
+  Text text{dst, size, nullptr};
+  int64_t decoded = 0;
+  return decode_codes(payload, payload_size, dialect_of(LzwVariant::lepton, bits), &text, &decoded);
 }
 
 }  // namespace lepton

@@ -1,7 +1,7 @@
 // lzw.h - LZW (Welch 1984) with growing code width, in the dialects of the world's files.
 //
-// Entries of the dictionary are substrings of the text already seen, so a decoder keeps a position and a length for
-// each and copies. In every dialect code k (counted from 0 after a clear) is as wide as the largest code that could
+// Entries of the dictionary are substrings of the text already seen, so a decoder keeps a position, a length and the first
+// bytes of each and copies. In every dialect code k (counted from 0 after a clear) is as wide as the largest code that could
 // stand there, first_free - 1 + k, needs (TIFF: the one after that), up to max_bits:
 //
 //   lepton    lowest bit first, no clear and no end code, full dictionary kept; one chunk of a frame
@@ -12,6 +12,8 @@
 #pragma once
 
 #include <stdint.h>
+
+#include <functional>
 
 #include "codec/status.h"
 
@@ -25,10 +27,11 @@ int64_t lzw_bound(int64_t size, LzwVariant variant);
 // Encodes src[size] into dst[lzw_bound(size)]; returns the bytes written.
 int64_t lzw_encode(const uint8_t* src, int64_t size, LzwVariant variant, uint8_t* dst);
 
-// How many bytes a gif, tiff or compress stream decodes to; stops with too_long above `limit`.
-Status lzw_decoded_size(const uint8_t* stream, int64_t stream_size, LzwVariant variant, int64_t limit, int64_t* size);
-// Decodes into exactly dst[size].
-Status lzw_decode(const uint8_t* stream, int64_t stream_size, LzwVariant variant, uint8_t* dst, int64_t size);
+// Called when the text needs `size` bytes: returns memory for it, with what it already holds, and how much there is now.
+// Less than `size`, or nullptr: the text is too long.
+using LzwGrow = std::function<uint8_t*(int64_t size, int64_t* room)>;
+// Decodes a gif, tiff or compress stream, which does not say how long the text is; *size: how long it was.
+Status lzw_decode(const uint8_t* stream, int64_t stream_size, LzwVariant variant, const LzwGrow& grow, int64_t* size);
 
 // A frame's chunk: a byte 0 and the chunk as it is, or a byte max_bits (9 to 16) and its codes.
 int64_t lzw_encode_chunk(const uint8_t* src, int64_t size, uint8_t* dst);

@@ -2,5 +2,6 @@
 
 from lepton_kernels.codec import huffman, lzw
 from lepton_kernels.codec.frame import CorruptDataError, FrameInfo, entropy, info
+from lepton_kernels.codec.stream import Reader, Writer, open
 
-__all__ = ["CorruptDataError", "FrameInfo", "entropy", "huffman", "info", "lzw"]
+__all__ = ["CorruptDataError", "FrameInfo", "Reader", "Writer", "entropy", "huffman", "info", "lzw", "open"]

@@ -20,7 +20,7 @@ import xxhash
 from lepton_kernels._runtime import C
 
 MAGIC = b"LPTN"
-VERSION = 1
+VERSION = 2
 CODECS = {"huffman": 1, "lzw": 2}
 LAYOUTS = ("bytes", "nibbles", "bf16", "fp16", "fp32")
 ELEMENT_BYTES = (1, 1, 2, 2, 4)
@@ -29,9 +29,9 @@ DEFAULT_CHUNK_SIZE = 256 * 1024
 MIN_CHUNK_SIZE = 4096
 DEFAULT_MAX_SIZE = 1 << 34  # 16 GiB: what a decoder allocates at most unless told otherwise
 
-_HEADER = struct.Struct("<4sBBBBQII")
-_CHECK = struct.Struct("<Q")
-_TABLES_AT = _HEADER.size + _CHECK.size
+_HEADER = struct.Struct("<4sBBBBQIIQ")
+HEADER_BYTES = _HEADER.size
+_CHECKED_HEADER_BYTES = HEADER_BYTES - 8
 _LAYOUT_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -57,7 +57,7 @@ class FrameInfo:
 
 @dataclass(frozen=True)
 class Frame:
-    """A parsed frame: `lengths` and `offsets` of its chunks' payloads, int64."""
+    """A parsed frame: `lengths` of its chunks' payloads and their `offsets` in `data`, int64; they end at `end`."""
 
     data: np.ndarray
     codec: int
@@ -67,6 +67,17 @@ class Frame:
     lengths: np.ndarray
     offsets: np.ndarray
     checksums: np.ndarray
+    end: int
+
+    @classmethod
+    def of(
+        cls, header: "Header", data: np.ndarray, payloads_at: int, lengths: np.ndarray, checksums: np.ndarray
+    ) -> "Frame":
+        ends = payloads_at + np.cumsum(lengths)
+        end = int(ends[-1]) if ends.size else payloads_at
+        return cls(
+            data, header.codec, header.layout, header.size, header.chunk_size, lengths, ends - lengths, checksums, end
+        )
 
 
 def as_bytes(function: str, argument: str, data: Any) -> tuple[np.ndarray, str]:
@@ -131,10 +142,10 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
         )  # fmt: skip
     parts = [payloads[i, :length] for i, length in enumerate(lengths)]
     checksums = np.array([xxhash.xxh3_64_intdigest(part.data) for part in parts], dtype="<u8")
-    header = _HEADER.pack(MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
-    check = _CHECK.pack(xxhash.xxh3_64_intdigest(header + tables))
-    start = header + check + tables
+    fields = (MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
+    check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:_CHECKED_HEADER_BYTES] + tables)
+    start = _HEADER.pack(*fields, check) + tables
     blob, memory = new_bytes(len(start) + int(lengths.sum()))
     at = len(start)
     memory[:at] = np.frombuffer(start, dtype=np.uint8)
@@ -150,24 +161,33 @@ def new_bytes(size: int) -> tuple[bytes, np.ndarray]:
     return blob, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
-def parse(function: str, blob: Any) -> Frame:
-    """Reads and checks a frame's header and tables; raises CorruptDataError."""
-    data, _ = as_bytes(function, "blob", blob)
-    if data.size < _TABLES_AT:
-        raise CorruptDataError(f"{function}: blob has {data.size} bytes; a frame has {_TABLES_AT} or more")
-    magic, version, codec, layout, reserved, size, chunk_size, chunks = _HEADER.unpack(data[: _HEADER.size].data)
+@dataclass(frozen=True)
+class Header:
+    """The first HEADER_BYTES of a frame. Nothing is allocated before they are found to be possible."""
+
+    data: np.ndarray
+    codec: int
+    layout: int
+    size: int
+    chunk_size: int
+    chunks: int
+    check: int
+
+    @property
+    def tables_size(self) -> int:
+        return 12 * self.chunks
+
+
+def parse_header(function: str, data: np.ndarray) -> Header:
+    """Reads the start of a frame; raises CorruptDataError."""
+    if data.size < HEADER_BYTES:
+        raise CorruptDataError(f"{function}: blob has {data.size} bytes; a frame has {HEADER_BYTES} or more")
+    data = data[:HEADER_BYTES]
+    magic, version, codec, layout, reserved, size, chunk_size, chunks, check = _HEADER.unpack(data.data)
     if magic != MAGIC:
         raise CorruptDataError(f"{function}: blob starts with {magic!r}; a frame starts with {MAGIC!r}")
     if version != VERSION:
         raise CorruptDataError(f"{function}: blob has format version {version}; this version reads {VERSION}")
-    tables_end = _TABLES_AT + 12 * chunks
-    if tables_end > data.size:
-        raise CorruptDataError(f"{function}: blob has {data.size} bytes; its {chunks} chunks' tables need {tables_end}")
-    (check,) = _CHECK.unpack(data[_HEADER.size : _TABLES_AT].data)
-    digest = xxhash.xxh3_64(data[: _HEADER.size].data)
-    digest.update(data[_TABLES_AT:tables_end].data)
-    if digest.intdigest() != check:
-        raise CorruptDataError(f"{function}: the header's checksum does not match")
     if (
         codec not in CODECS.values()
         or layout >= len(LAYOUTS)
@@ -178,12 +198,35 @@ def parse(function: str, blob: Any) -> Frame:
         or chunks != -(-size // chunk_size)
     ):
         raise CorruptDataError(f"{function}: the header holds values that no encoder writes")
-    lengths = np.frombuffer(data[_TABLES_AT : _TABLES_AT + 4 * chunks].tobytes(), dtype="<u4").astype(np.int64)
-    checksums = np.frombuffer(data[_TABLES_AT + 4 * chunks : tables_end].tobytes(), dtype="<u8")
-    ends = tables_end + np.cumsum(lengths)
-    if (ends[-1] if chunks else tables_end) != data.size:
+    return Header(data, codec, layout, size, chunk_size, chunks, check)
+
+
+def parse_tables(function: str, header: Header, tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths and checksums of a frame's payloads, checked against the header; raises CorruptDataError."""
+    digest = xxhash.xxh3_64(header.data[:_CHECKED_HEADER_BYTES].data)
+    digest.update(tables.data)
+    if digest.intdigest() != header.check:
+        raise CorruptDataError(f"{function}: the header's checksum does not match")
+    lengths = np.frombuffer(tables[: 4 * header.chunks].tobytes(), dtype="<u4").astype(np.int64)
+    if lengths.size and lengths.max() > header.chunk_size + 1:
+        raise CorruptDataError(f"{function}: a chunk is longer than any encoder writes")
+    return lengths, np.frombuffer(tables[4 * header.chunks :].tobytes(), dtype="<u8")
+
+
+def parse(function: str, blob: Any) -> Frame:
+    """Reads and checks a frame's header and tables; raises CorruptDataError."""
+    data, _ = as_bytes(function, "blob", blob)
+    header = parse_header(function, data)
+    tables_end = HEADER_BYTES + header.tables_size
+    if tables_end > data.size:
+        raise CorruptDataError(
+            f"{function}: blob has {data.size} bytes; its {header.chunks} chunks' tables need {tables_end}"
+        )
+    lengths, checksums = parse_tables(function, header, data[HEADER_BYTES:tables_end])
+    frame = Frame.of(header, data, tables_end, lengths, checksums)
+    if frame.end != data.size:
         raise CorruptDataError(f"{function}: blob has {data.size} bytes; its chunks do not fill it exactly")
-    return Frame(data, codec, layout, size, chunk_size, lengths, ends - lengths, checksums)
+    return frame
 
 
 def _output(function: str, out: Any, size: int) -> tuple[Any, np.ndarray]:
@@ -208,26 +251,32 @@ def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, thread
         raise ValueError(f"{function}: start, stop are {start}, {stop}; allowed: 0 <= start <= stop <= {frame.size}")
     if stop - start > max_size:
         raise CorruptDataError(f"{function}: blob says that it holds {stop - start} bytes; max_size is {max_size}")
-    first, last = start // frame.chunk_size, -(-stop // frame.chunk_size) if stop > start else start // frame.chunk_size
     result, memory = _output(function, out, stop - start)
+    decode_range(function, frame, start, stop, memory, thread_count(function, threads))
+    return result
+
+
+def decode_range(function: str, frame: Frame, start: int, stop: int, out: np.ndarray, threads: int) -> None:
+    """Decodes bytes start..stop of a frame to out, uint8 [stop - start]; only the chunks that hold them are read."""
+    if start == stop:
+        return
+    first, last = start // frame.chunk_size, -(-stop // frame.chunk_size)
     begin, end = first * frame.chunk_size, min(last * frame.chunk_size, frame.size)
     whole = begin == start and end == stop
-    target = memory if whole else np.empty(max(end - begin, 0), dtype=np.uint8)
+    target = out if whole else np.empty(end - begin, dtype=np.uint8)
     for i in range(first, last):
         payload = frame.data[frame.offsets[i] : frame.offsets[i] + frame.lengths[i]]
         if xxhash.xxh3_64_intdigest(payload.data) != frame.checksums[i]:
             raise CorruptDataError(f"{function}: chunk {i}'s checksum does not match")
-    if last > first:
-        lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
-        bad = C.decode_chunks(
-            frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, last - first,
-            frame.chunk_size, target.ctypes.data, target.size, thread_count(function, threads),
-        )  # fmt: skip
-        if bad is not None:
-            raise CorruptDataError(f"{function}: chunk {first + bad[0]}: {bad[1]}")
+    lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
+    bad = C.decode_chunks(
+        frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, last - first,
+        frame.chunk_size, target.ctypes.data, target.size, threads,
+    )  # fmt: skip
+    if bad is not None:
+        raise CorruptDataError(f"{function}: chunk {first + bad[0]}: {bad[1]}")
     if not whole:
-        memory[:] = target[start - begin : stop - begin]
-    return result
+        out[:] = target[start - begin : stop - begin]
 
 
 def info(blob: Any) -> FrameInfo:

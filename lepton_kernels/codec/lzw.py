@@ -60,10 +60,7 @@ def decode(
             f"codec.lzw.decode: start, stop or out was given; allowed for variant 'lepton', not {variant!r}"
         )
     source, _ = frame.as_bytes("codec.lzw.decode", "blob", blob)
-    size, problem = C.lzw_stream_size(number, source.ctypes.data, source.size, max_size)
-    if problem is None:
-        text, memory = frame.new_bytes(size)
-        problem = C.lzw_stream_decode(number, source.ctypes.data, source.size, memory.ctypes.data, size)
+    text, problem = C.lzw_stream_decode(number, source.ctypes.data, source.size, max_size)
     if problem is not None:
         raise frame.CorruptDataError(f"codec.lzw.decode: {problem}")
     return text

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 import lepton_kernels as lk
+from lepton_ai import packing
 from lepton_ai.compression import Compression, Pruning, Quantization
 from lepton_kernels import codec as codecs
 from lepton_kernels.model_file import CODECS, ModelFile
@@ -155,6 +157,64 @@ def verify(file: File, as_json: Json = False) -> None:
         return
     note = f"; {len(unchecked)} of them have no checksum (not written by lepton)" if unchecked else ""
     typer.echo(f"{file}: {len(entries)} tensors are whole{note}")
+
+
+Input = Annotated[str, typer.Argument(help="The file; - for standard input.")]
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", help="Where to write; - for standard output. Default: by FILE's name.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; as many as there are processors.")]
+
+
+def _path(name: str) -> Path | None:
+    return None if name == "-" else Path(name)
+
+
+@contextmanager
+def _progress(source: Path | None) -> Iterator[packing.Progress]:
+    """A bar on a terminal's standard error, else nothing."""
+    total = source.stat().st_size if source is not None and source.is_file() else None
+    bar = Progress(
+        BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@app.command()
+def pack(
+    file: Input,
+    output: Output = None,
+    codec: Annotated[str, typer.Option(help="huffman, or lzw for text and other repeated strings.")] = "huffman",
+    layout: Annotated[str, typer.Option(help="bytes, bf16, fp16, fp32, nibbles; auto picks by samples.")] = "auto",
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress any file or pipe, losslessly; FILE.lptn by default. The file stays."""
+    with _errors():
+        source = _path(file)
+        target = _path(output) if output is not None else packing.packed_name(source) if source else None
+        with packing.reading(source) as raw, packing.writing(target, force) as coded, _progress(source) as progress:
+            report = packing.pack(raw, coded, codec, layout, threads, progress)
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(report), "ratio": report.ratio}, indent=2), err=target is None)
+    else:
+        typer.echo(f"{target or 'standard output'}: {report}", err=True)
+
+
+@app.command()
+def unpack(file: Input, output: Output = None, threads: Threads = None, force: Force = False) -> None:
+    """Restore what `lepton pack` compressed; exit code 1 if it is damaged."""
+    with _errors():
+        source = _path(file)
+        target = _path(output) if output is not None else packing.unpacked_name(source) if source else None
+        with packing.reading(source) as coded, packing.writing(target, force) as raw, _progress(None) as progress:
+            written = packing.unpack(coded, raw, threads, progress)
+    typer.echo(f"{target or 'standard output'}: {written:,} bytes", err=True)
 
 
 @app.command()

@@ -212,7 +212,7 @@ def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated
     assert len(blob) < 2000
     with pytest.raises(CorruptDataError, match=r"holds 10000000 bytes; max_size is 9999999"):
         huffman.decode(blob, max_size=9_999_999)
-    huge = struct.pack("<4sBBBBQII", b"LPTN", 1, 1, 0, 0, 1 << 50, 1 << 24, 1 << 26)
+    huge = struct.pack("<4sBBBBQII", b"LPTN", 2, 1, 0, 0, 1 << 50, 1 << 24, 1 << 26)
     with pytest.raises(CorruptDataError, match="tables need"):
         huffman.decode(huge + bytes(8))
 
