@@ -30,6 +30,10 @@ constexpr int kPlaneHeader = 5;
 // Coding must save one byte in 32, else the data is left as it is, which decodes at the speed of a copy.
 constexpr bool pays(int64_t coded, int64_t raw) { return coded <= raw - raw / 32; }
 
+// A plane with more bits of entropy a symbol is not looked at any further. Its bits might be regular all the same, but
+// not while no symbol is frequent.
+constexpr double kRandom = 8 * 31.0 / 32 + 0.05;
+
 uint32_t load32(const uint8_t* p) { return p[0] | p[1] << 8 | p[2] << 16 | static_cast<uint32_t>(p[3]) << 24; }
 
 void store32(uint8_t* p, uint32_t value) {
@@ -44,22 +48,35 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
 thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], node_bits_buffer, encode_buffer, last_block,
     block_buffer, sample_buffer;
 
-// counts[256] of symbols[n]; four tables, so that equal neighbours do not wait for each other's store.
-void count_symbols(const uint8_t* symbols, int64_t n, uint32_t* counts) {
-  uint32_t table[4][256] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, symbols + i, 8);
-    for (int t = 0; t < 8; ++t) ++table[t % 4][eight >> 8 * t & 0xff];
+// Counts symbols; in four tables, so that equal neighbours do not wait for each other's store.
+class Histogram {
+ public:
+  void add(const uint8_t* symbols, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, symbols + i, 8);
+      for (int t = 0; t < 8; ++t) ++table_[t % 4][eight >> 8 * t & 0xff];
+    }
+    for (; i < n; ++i) ++table_[0][symbols[i]];
+    total_ += n;
   }
-  for (; i < n; ++i) ++table[0][symbols[i]];
-  for (int s = 0; s < 256; ++s) counts[s] = table[0][s] + table[1][s] + table[2][s] + table[3][s];
-}
+  Counts counts() const {
+    Counts counts;
+    for (int s = 0; s < 256; ++s) counts.of[s] = table_[0][s] + table_[1][s] + table_[2][s] + table_[3][s];
+    counts.total = total_;
+    return counts;
+  }
 
-// Planes of so many symbols and more are counted in part: of every kSampleShare pieces of kSamplePiece symbols one, not
-// the same one each time, for rows of a matrix have such lengths. Counting a byte takes longer than encoding it.
-constexpr int64_t kSampledPlane = 1 << 16, kSamplePiece = 1024, kSampleShare = 4;
+ private:
+  uint32_t table_[4][256] = {};
+  int64_t total_ = 0;
+};
+
+// Planes of so many symbols and more are counted in part: kSample symbols, at most one of every kLeastShare pieces of
+// kSamplePiece symbols; not the same one each time, for rows of a matrix have such lengths. Counting a byte takes as long
+// as encoding it.
+constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 16, kSamplePiece = 1024, kLeastShare = 4;
 // A sample may lack rare symbols: those that are near to what it has get a code too. With fewer symbols than
 // kLeastSymbols that could cost many bits, and all are counted.
 constexpr int kNearSymbols = 8, kLeastSymbols = 16;
@@ -67,10 +84,9 @@ constexpr int kNearSymbols = 8, kLeastSymbols = 16;
 constexpr int64_t kSampleError = 64;
 
 Counts count_all(const uint8_t* plane, int64_t n) {
-  Counts counts;
-  count_symbols(plane, n, counts.of);
-  counts.total = n;
-  return counts;
+  Histogram histogram;
+  histogram.add(plane, n);
+  return histogram.counts();
 }
 
 // Calls see(piece) for one of every `share` pieces of kSamplePiece symbols.
@@ -84,13 +100,10 @@ void for_sample(const uint8_t* plane, int64_t n, int64_t share, const See& see) 
 
 // Counts without a symbol where there are too few for a sample.
 Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
-  Counts counts;
-  std::array<uint32_t, 256> piece;
-  for_sample(plane, n, kSampleShare, [&](const uint8_t* symbols) {
-    count_symbols(symbols, kSamplePiece, piece.data());
-    for (int s = 0; s < 256; ++s) counts.of[s] += piece[s];
-    counts.total += kSamplePiece;
-  });
+  Histogram histogram;
+  for_sample(plane, n, std::max(n / kSample, kLeastShare),
+             [&](const uint8_t* piece) { histogram.add(piece, kSamplePiece); });
+  Counts counts = histogram.counts();
   if (std::count_if(std::begin(counts.of), std::end(counts.of), [](uint32_t c) { return c > 0; }) < kLeastSymbols) return {};
   int lowest = 0, highest = 255;
   while (counts.of[lowest] == 0) ++lowest;
@@ -125,12 +138,12 @@ RankTables rank_tables(const TreeCode& code) {
 
 // A node's bits may be worth a code if one side has this part of its symbols and more, or if one side is a single
 // symbol with that part: the zeros of a sparsity pattern. And if they are a part of all bits.
-constexpr double kSkewed = 0.65, kSingle = 0.4, kLeastNode = 1.0 / 16;
+constexpr double kSkewed = 0.7, kSingle = 0.4, kLeastNode = 1.0 / 8;
 // ... and have one if they then take at most this part of what they took.
 constexpr double kCodedBits = 15.0 / 16;
 // A byte of bits that the sample lacks counts for one, those that it has for so much each.
 constexpr uint32_t kSeenBits = 16;
-constexpr int64_t kMostSampledForBits = 1 << 15;
+constexpr int64_t kSampleForBits = 1 << 15;
 
 bool may_be_coded(const HuffmanCode& code, const Counts& counts, int node) {
   const auto left = static_cast<double>(counts.in_ranks(code, code.begin[node], code.middle[node]));
@@ -149,12 +162,12 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
     if (may_be_coded(tree, counts, node)) candidates[found++] = node;
   if (found == 0) return 0;
 
-  uint8_t* const sample = scratch(sample_buffer, kMostSampledForBits + kVectorSlack);
+  uint8_t* const sample = scratch(sample_buffer, kSampleForBits + kVectorSlack);
   uint8_t* end = sample;
-  if (n <= kMostSampledForBits) {
+  if (n <= kSampleForBits) {
     end = std::copy_n(plane, n, sample);
   } else {
-    for_sample(plane, n, (n + kMostSampledForBits - 1) / kMostSampledForBits,
+    for_sample(plane, n, (n + kSampleForBits - 1) / kSampleForBits,
                [&](const uint8_t* piece) { end = std::copy_n(piece, kSamplePiece, end); });
   }
   const int sampled = static_cast<int>(end - sample);
@@ -169,9 +182,10 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
     const int node = candidates[i];
     const int64_t seen = bits[node].n / 8;
     if (seen == 0) continue;
-    Counts bytes;
-    count_symbols(bits[node].bits, seen, bytes.of);
+    Counts bytes = count_all(bits[node].bits, seen);
+    bytes.total = 0;
     for (auto& count : bytes.of) bytes.total += count = std::max(count * kSeenBits, 1u);
+    if (entropy_bits(bytes) > 8 * kCodedBits) continue;
     HuffmanCode& own = code->bits[code->coded_nodes];
     build_code(bytes, &own);
     const int64_t plain = static_cast<int64_t>(static_cast<double>(bits[node].n) / sampled * static_cast<double>(n) / 8);
@@ -222,6 +236,7 @@ int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* ou
   for (bool sampled = n >= kSampledPlane;; sampled = false) {
     const Counts counts = sampled ? count_sample(plane, n, nibbles ? 15 : 255) : count_all(plane, n);
     if (counts.total == 0) continue;
+    if (may_be_raw && entropy_bits(counts) > kRandom) break;
     build_code(counts, &code.tree);
     code.coded_nodes = 0;
     const int64_t expected = expected_bytes(code.tree, counts, n) - code_node_bits(plane, n, counts, &code);
@@ -354,9 +369,8 @@ void count_planes(const uint8_t* src, int64_t size, Layout layout, int64_t* coun
     const int64_t count = std::min(kBlock, n - start);
     select_split_planes(isa_in_use())(layout, src + start * element_bytes(layout), count, plane);
     for (int p = 0; p < plane_count(layout); ++p) {
-      uint32_t block[256];
-      count_symbols(plane[p], count, block);
-      for (int s = 0; s < 256; ++s) counts[256 * p + s] += block[s];
+      const Counts block = count_all(plane[p], count);
+      for (int s = 0; s < 256; ++s) counts[256 * p + s] += block.of[s];
     }
   }
 }

@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 
 namespace lepton {
 namespace {
 
 // What a level of the tree costs besides its bit, in 256ths of one: a merge more for every symbol below it.
-constexpr uint64_t kMergePrice = 5;
+constexpr uint64_t kMergePrice = 3;
 
 // The plain bits that tell `symbols` symbols apart.
 constexpr int bits_for(int symbols) {
@@ -20,28 +21,26 @@ constexpr int bits_for(int symbols) {
 
 // log2 of 1 + i / 256 in 16 bits after the point, by squaring: the same everywhere.
 struct LogTable {
-  uint32_t log2[257];
+  uint32_t log2[256];
 };
 constexpr LogTable make_log_table() {
   LogTable table{};
-  for (int i = 0; i <= 256; ++i) {
+  for (int i = 0; i < 256; ++i) {
     uint64_t x = (uint64_t{256} + i) << 23;  // 1 is 2^31
-    for (int bit = 15; i < 256 && bit >= 0; --bit) {
+    for (int bit = 15; bit >= 0; --bit) {
       x = x * x >> 31;
       if (x >> 32) table.log2[i] |= 1u << bit, x >>= 1;
     }
   }
-  table.log2[256] = 1 << 16;
   return table;
 }
 constexpr LogTable kLog = make_log_table();
 
-// log2(x), x >= 1, in 16 bits after the point.
+// log2(x), x >= 1, in 16 bits after the point; too small by up to 0.006.
 uint32_t log2_of(uint32_t x) {
   const int whole = 31 - __builtin_clz(x);
-  const uint32_t fraction = static_cast<uint32_t>(uint64_t{x} << (32 - whole));  // of 2^32
-  const uint32_t i = fraction >> 24, rest = fraction >> 8 & 0xffff;
-  return (static_cast<uint32_t>(whole) << 16) + kLog.log2[i] + ((kLog.log2[i + 1] - kLog.log2[i]) * rest >> 16);
+  const uint64_t fraction = uint64_t{x} << (32 - whole);  // of 2^32
+  return (static_cast<uint32_t>(whole) << 16) + kLog.log2[fraction >> 24 & 0xff];
 }
 
 // Fills in what follows from the leaves at each depth, which fill a binary tree exactly.
@@ -77,20 +76,27 @@ void derive_shape(HuffmanCode* code) {
   }
 }
 
-// A leaf on its way into the tree.
+// A leaf on its way into the tree: `size` symbols of a list from `begin` on, in rising order.
 struct Leaf {
-  uint64_t count = 0;
-  int depth = 0, size = 0;
-  std::array<uint8_t, kMaxLeaves> symbols;  // size of them, in rising order
+  uint64_t count;
+  int begin, size, depth, first_symbol;
 };
 
-// Cuts by_count[n], the symbols from the most frequent one down, into leaves.
-int cut_into_leaves(const Counts& counts, const std::array<uint8_t, kMaxLeaves>& by_count, int n, Leaf* leaves) {
-  std::array<uint64_t, kMaxLeaves + 1> sum{};
-  for (int i = 0; i < n; ++i) sum[i + 1] = sum[i] + counts.of[by_count[i]];
+// Sorts by_count[n], the symbols from the most frequent one down, and cuts them into leaves.
+int cut_into_leaves(const Counts& counts, uint8_t* by_count, int n, Leaf* leaves) {
+  std::array<uint64_t, kMaxLeaves> order;  // falling counts; of equals the lower symbol first
+  for (int i = 0; i < n; ++i) order[i] = static_cast<uint64_t>(counts.of[by_count[i]]) << 8 | (255u - by_count[i]);
+  std::sort(order.begin(), order.begin() + n, std::greater<>());
+  std::array<uint64_t, kMaxLeaves + 1> sum;
+  sum[0] = 0;
+  for (int i = 0; i < n; ++i) {
+    by_count[i] = static_cast<uint8_t>(255 - (order[i] & 0xff));
+    sum[i + 1] = sum[i] + (order[i] >> 8);
+  }
   const uint32_t log_total = log2_of(static_cast<uint32_t>(sum[n]));
-  std::array<uint64_t, kMaxLeaves + 1> cost{};  // of the symbols from i on, in 2^16ths of a bit
+  std::array<uint64_t, kMaxLeaves + 1> cost;  // of the symbols from i on, in 2^16ths of a bit
   std::array<int, kMaxLeaves> size;
+  cost[n] = 0;
   for (int i = n - 1; i >= 0; --i) {
     cost[i] = ~uint64_t{0};
     for (int bits = 0; bits <= 8 && (bits == 0 || 1 << (bits - 1) < n - i); ++bits) {
@@ -103,11 +109,8 @@ int cut_into_leaves(const Counts& counts, const std::array<uint8_t, kMaxLeaves>&
   }
   int n_leaves = 0;
   for (int i = 0; i < n; i += size[i]) {
-    Leaf& leaf = leaves[n_leaves++];
-    leaf.size = size[i];
-    leaf.count = sum[i + size[i]] - sum[i];
-    std::copy_n(by_count.begin() + i, size[i], leaf.symbols.begin());
-    std::sort(leaf.symbols.begin(), leaf.symbols.begin() + size[i]);
+    std::sort(by_count + i, by_count + i + size[i]);
+    leaves[n_leaves++] = {sum[i + size[i]] - sum[i], i, size[i], 0, by_count[i]};
   }
   return n_leaves;
 }
@@ -161,35 +164,29 @@ class GammaWriter {
 
 class GammaReader {
  public:
-  GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), end_(end) {}
+  GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), left_(8 * (end - in)) {}
 
   // 0 where the data ends or the number is larger than the table has any.
   uint32_t get() {
-    int below = 0;
-    for (int bit = next(); bit != 1; bit = next())
-      if (bit < 0 || ++below > kMostBelow) return 0;
-    uint32_t value = 1u << below;
-    for (int i = 0; i < below; ++i) {
-      const int bit = next();
-      if (bit < 0) return 0;
-      value |= static_cast<uint32_t>(bit) << i;
-    }
-    return value;
+    uint64_t word = 0;
+    std::memcpy(&word, in_, static_cast<size_t>(std::min<int64_t>((left_ + skip_ + 7) / 8, 8)));
+    word >>= skip_;
+    const int below = word == 0 ? kMostBelow + 1 : __builtin_ctzll(word), bits = 2 * below + 1;
+    if (below > kMostBelow || bits > left_) return 0;
+    in_ += (skip_ + bits) / 8;
+    skip_ = (skip_ + bits) % 8;
+    left_ -= bits;
+    return static_cast<uint32_t>(1u << below | (word >> (below + 1) & ((1u << below) - 1)));
   }
-  bool at_end() const { return in_ == end_; }
+  bool near_end() const { return left_ < 2 * kMostBelow + 1; }
   // Where the next byte begins, or nullptr if the bits before it are not 0.
-  const uint8_t* finish() const { return used_ == 0 ? in_ : in_[0] >> used_ == 0 ? in_ + 1 : nullptr; }
+  const uint8_t* finish() const { return skip_ == 0 ? in_ : in_[0] >> skip_ == 0 ? in_ + 1 : nullptr; }
 
  private:
   static constexpr int kMostBelow = 8;
-  int next() {
-    if (in_ == end_) return -1;
-    const int bit = *in_ >> used_ & 1;
-    if (++used_ == 8) used_ = 0, ++in_;
-    return bit;
-  }
-  const uint8_t *in_, *end_;
-  int used_ = 0;
+  const uint8_t* in_;
+  int64_t left_;  // bits
+  int skip_ = 0;
 };
 
 // The leaves of a tree and `none`, for symbols that it lacks, the latest named one first; the first place is that of
@@ -198,8 +195,8 @@ class RecentLeaves {
  public:
   explicit RecentLeaves(int leaf_count) : size_(leaf_count + 2), none_(leaf_count) {
     order_[0] = kNobody;
-    order_[1] = none_;
-    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = leaf;
+    order_[1] = static_cast<int16_t>(leaf_count);
+    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<int16_t>(leaf);
   }
   int none() const { return none_; }
   // From 1 on.
@@ -209,14 +206,15 @@ class RecentLeaves {
   // -1 where nobody is.
   int take(uint32_t place) {
     if (place == 0 || place >= static_cast<uint32_t>(size_)) return kNobody;
-    std::rotate(order_.begin(), order_.begin() + place, order_.begin() + place + 1);
-    return order_[0];
+    const int16_t leaf = order_[place];
+    std::memmove(&order_[1], &order_[0], place * sizeof order_[0]);
+    return order_[0] = leaf;
   }
 
  private:
-  static constexpr int kNobody = -1;
+  static constexpr int16_t kNobody = -1;
   int size_, none_;
-  std::array<int, kMaxLeaves + 2> order_;
+  std::array<int16_t, kMaxLeaves + 2> order_;
 };
 
 // A tree's table: how many inner nodes there are at depth 0, 1, ..., a byte each, to the first 0; then the symbols from
@@ -263,7 +261,7 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
   GammaReader reader(p, end);
   for (uint32_t symbol = 0; symbol < 256;) {
     const uint32_t place = reader.get(), run = place == 0 ? 0 : reader.get();
-    if (run == 0) return reader.at_end() ? Status::truncated : Status::bad_table;
+    if (run == 0) return reader.near_end() ? Status::truncated : Status::bad_table;
     const int leaf = recent.take(place);
     if (leaf < 0 || run > 256 - symbol) return Status::bad_table;
     sizes[static_cast<size_t>(leaf)] += static_cast<uint16_t>(run);
@@ -290,23 +288,31 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
 
 }  // namespace
 
+double entropy_bits(const Counts& counts) {
+  uint64_t sum = 0;
+  const uint32_t log_total = log2_of(static_cast<uint32_t>(counts.total));
+  for (const uint32_t count : counts.of)
+    if (count > 0) sum += count * uint64_t{log_total - log2_of(count)};
+  return static_cast<double>(sum) / (static_cast<double>(counts.total) * 65536);
+}
+
 void build_code(const Counts& counts, HuffmanCode* code) {
-  std::array<uint8_t, kMaxLeaves> by_count;
+  std::array<uint8_t, kMaxLeaves> symbols;
   int n = 0;
   for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
-    if (counts.of[symbol] > 0) by_count[n++] = static_cast<uint8_t>(symbol);
-  std::stable_sort(by_count.begin(), by_count.begin() + n, [&](int a, int b) { return counts.of[a] > counts.of[b]; });
+    if (counts.of[symbol] > 0) symbols[n++] = static_cast<uint8_t>(symbol);
   std::array<Leaf, kMaxLeaves> leaves;
-  const int leaf_count = cut_into_leaves(counts, by_count, n, leaves.data());
+  const int leaf_count = cut_into_leaves(counts, symbols.data(), n, leaves.data());
   std::array<Leaf*, kMaxLeaves> order;
   for (int i = 0; i < leaf_count; ++i) order[i] = &leaves[i];
-  std::stable_sort(order.begin(), order.begin() + leaf_count,
-                   [](const Leaf* a, const Leaf* b) { return a->count < b->count; });
+  std::sort(order.begin(), order.begin() + leaf_count, [](const Leaf* a, const Leaf* b) {
+    return a->count != b->count ? a->count < b->count : a->first_symbol < b->first_symbol;
+  });
   assign_depths(order.data(), leaf_count);
   std::sort(order.begin(), order.begin() + leaf_count, [](const Leaf* a, const Leaf* b) {
     if (a->depth != b->depth) return a->depth < b->depth;
     if ((a->size == 1) != (b->size == 1)) return a->size == 1;
-    return a->symbols[0] < b->symbols[0];
+    return a->first_symbol < b->first_symbol;
   });
 
   std::memset(code, 0, sizeof *code);
@@ -315,7 +321,7 @@ void build_code(const Counts& counts, HuffmanCode* code) {
   for (int i = 0; i < leaf_count; ++i) {
     const Leaf& leaf = *order[i];
     code->leaf_begin[i] = static_cast<uint16_t>(rank);
-    std::copy_n(leaf.symbols.begin(), leaf.size, code->symbols + rank);
+    std::copy_n(symbols.begin() + leaf.begin, leaf.size, code->symbols + rank);
     rank += leaf.size;
     ++code->leaves[leaf.depth];
     code->singles[leaf.depth] += leaf.size == 1;

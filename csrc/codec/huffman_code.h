@@ -53,6 +53,9 @@ struct Counts {
   }
 };
 
+// Order-0 entropy in bits a symbol, within 0.006.
+double entropy_bits(const Counts& counts);
+
 // A code for symbols so frequent, at least one of them above 0; the sum is at most 2^26. Of all ways to cut the
 // symbols, in the order of their counts, into groups it takes the shortest, where a level of the tree counts for a
 // little more than the bit it writes (kMergePrice).

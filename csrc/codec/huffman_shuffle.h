@@ -3,17 +3,16 @@
 // they have.
 #pragma once
 
-#include "codec/bytes16.h"
+#include "codec/simd_bytes.h"
 
 namespace lepton::LEPTON_ISA {
 namespace {
 
 struct ShuffleTables {
   // merge[b]: the sources of 8 outputs in a register that holds 8 of left, then 8 of right.
-  // compress[b]: the places of b's ones, in order, then anything.
-  // One more entry, for 16 bytes are read.
-  alignas(64) uint8_t merge[257][8];
-  alignas(64) uint8_t compress[257][8];
+  alignas(64) uint8_t merge[257][8];  // one more entry, for 16 bytes are read
+  // split[b]: the places of b's ones in order, then anything; from the 8th byte on those of its zeros.
+  alignas(64) uint8_t split[256][16];
 };
 
 constexpr ShuffleTables make_tables() {
@@ -23,7 +22,7 @@ constexpr ShuffleTables make_tables() {
     for (int i = 0; i < 8; ++i) {
       const bool one = b >> i & 1;
       tables.merge[b][i] = static_cast<uint8_t>(one ? 8 + ones : zeros);
-      if (one) tables.compress[b][ones] = static_cast<uint8_t>(i);
+      tables.split[b][one ? ones : 8 + zeros] = static_cast<uint8_t>(i);
       ones += one;
       zeros += !one;
     }
@@ -33,25 +32,32 @@ constexpr ShuffleTables make_tables() {
 
 constexpr ShuffleTables kShuffle = make_tables();
 
+// Calls step(i) for i = 0, 8, 16, ... below n: four at a time, then alone.
+template <typename Step>
+LEPTON_INLINE void for_eights(int n, const Step& step) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) unroll<4>([&]<int j>() LEPTON_LAMBDA_INLINE { step(i + 8 * j); });
+  for (; i < n; i += 8) step(i);
+}
+
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
-#pragma GCC unroll 4
-  for (int i = 0; i < n; i += 8) {
-    const unsigned b = *bits++;
-    store8(out + i, shuffle(join8(load8(left), right), load16(kShuffle.merge[b])));
-    const int ones = __builtin_popcount(b);
+  // Of i symbols `ones` came from the right.
+  for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
+    const unsigned b = bits[i / 8];
+    store8(out + i, shuffle(join8(load8(left + i), right), load16(kShuffle.merge[b])));
+    const int64_t ones = __builtin_popcount(b);
     right += ones;
-    left += 8 - ones;
-  }
+    left -= ones;
+  });
 }
 
 LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
   const Bytes16 left = splat(symbol);
-#pragma GCC unroll 4
-  for (int i = 0; i < n; i += 8) {
-    const unsigned b = *bits++;
+  for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
+    const unsigned b = bits[i / 8];
     store8(out + i, shuffle(join8(left, right), load16(kShuffle.merge[b])));
     right += __builtin_popcount(b);
-  }
+  });
 }
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
@@ -93,14 +99,14 @@ constexpr UnpackTables make_unpack_tables() {
 }
 constexpr UnpackTables kUnpack = make_unpack_tables();
 
-// Calls lookup(i, places) for every kBytes<Bytes> of n numbers; no byte behind them is read.
-template <typename Bytes, typename Lookup>
+// Calls lookup(i, places) for every kBytes of n numbers; no byte behind them is read.
+template <typename Lookup>
 LEPTON_INLINE void for_places(int n, const uint8_t* bits, int k, const Lookup& lookup) {
-  constexpr int step = kBytes<Bytes>;
+  constexpr int step = kBytes;
   const uint8_t* const end = bits + (int64_t{n} * k + 7) / 8;
-  const Bytes bytes0 = everywhere<Bytes>(load16(kUnpack.bytes[k]));
-  const Bytes bytes1 = add(bytes0, everywhere<Bytes>(splat(static_cast<uint8_t>(k))));
-  const Bytes factors = everywhere<Bytes>(load16(reinterpret_cast<const uint8_t*>(kUnpack.factors[k])));
+  const Bytes bytes0 = everywhere(load16(kUnpack.bytes[k]));
+  const Bytes bytes1 = add(bytes0, everywhere(splat(static_cast<uint8_t>(k))));
+  const Bytes factors = everywhere(load16(reinterpret_cast<const uint8_t*>(kUnpack.factors[k])));
   for (int i = 0; i < n; i += step, bits += step / 8 * k) {
     uint8_t padded[2 * step] = {};
     const uint8_t* from = bits;
@@ -108,51 +114,91 @@ LEPTON_INLINE void for_places(int n, const uint8_t* bits, int k, const Lookup& l
       __builtin_memcpy(padded, bits, static_cast<size_t>(end - bits));
       from = padded;
     }
-    const Bytes both = load_halves<Bytes>(from, 2 * k);
+    const Bytes both = load_halves(from, 2 * k);
     lookup(i, narrow(shift_right16(multiply16(shuffle(both, bytes0), factors), 16 - k),
                      shift_right16(multiply16(shuffle(both, bytes1), factors), 16 - k)));
   }
 }
 
-// Looks up places below 16 * parts.
-template <int parts, typename Bytes>
+// A table of 16 * parts bytes. Each 16 of them are a shuffle by a place's lowest four bits; the higher bits then choose.
+template <int parts>
+struct ByteTable {
+  Bytes part[parts];
+
+  LEPTON_INLINE explicit ByteTable(const uint8_t* table) {
+    for (int i = 0; i < parts; ++i) part[i] = everywhere(load16(table + 16 * i));
+  }
+  LEPTON_INLINE Bytes at(Bytes places) const {
+    return look_up<0, parts>(places, low_nibbles(places));
+  }
+
+ private:
+  template <int first, int count>
+  LEPTON_INLINE Bytes look_up(Bytes places, Bytes low) const {
+    if constexpr (count == 1) {
+      return shuffle(part[first], low);
+    } else {
+      constexpr int half = count / 2, bit = half == 1 ? 4 : half == 2 ? 5 : half == 4 ? 6 : 7;
+      return choose(bit_to_top<bit>(places), look_up<first + half, half>(places, low), look_up<first, half>(places, low));
+    }
+  }
+};
+
+template <int parts>
 LEPTON_INLINE void unpack_parts(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
-  Bytes table[parts];
-  for (int part = 0; part < parts; ++part) table[part] = everywhere<Bytes>(load16(symbols + 16 * part));
-  for_places<Bytes>(n, bits, k, [&](int i, Bytes places) LEPTON_LAMBDA_INLINE {
-    Bytes found = look_up(table[0], places);
-    unroll<parts - 1>([&]<int before>() LEPTON_LAMBDA_INLINE {
-      constexpr int part = before + 1;
-      const Bytes first = everywhere<Bytes>(splat(static_cast<uint8_t>(16 * part)));
-      found = either(found, look_up(table[part], flip(places, first)));
-    });
-    store(out + i, found);
-  });
+  const ByteTable<parts> table(symbols);
+  for_places(n, bits, k, [&](int i, Bytes places) LEPTON_LAMBDA_INLINE { store(out + i, table.at(places)); });
 }
 
 LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const uint8_t* symbols) {
-  if (k <= 4) return unpack_parts<1, WidestBytes>(out, n, bits, k, symbols);
-  if (k == 5) return unpack_parts<2, WidestBytes>(out, n, bits, k, symbols);
-  if (k == 6) return unpack_parts<4, WidestBytes>(out, n, bits, k, symbols);
-  if (k == 7) return unpack_parts<8, WidestBytes>(out, n, bits, k, symbols);
-  for (int i = 0; i < n; ++i) out[i] = symbols[bits[i]];
+  if (k <= 4) return unpack_parts<1>(out, n, bits, k, symbols);
+  if (k == 5) return unpack_parts<2>(out, n, bits, k, symbols);
+  if (k == 6) return unpack_parts<4>(out, n, bits, k, symbols);
+  if (k == 7) return unpack_parts<8>(out, n, bits, k, symbols);
+  unpack_parts<16>(out, n, bits, k, symbols);
+}
+
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  const ByteTable<16> ranks(table);
+  const Bytes none = everywhere(splat(kNoRank));
+  Bytes missing = everywhere(splat(0));
+  int i = 0;
+  for (; i + kBytes <= n; i += kBytes) {
+    const Bytes found = ranks.at(load(in + i));
+    store(out + i, found);
+    missing = either(missing, equal(found, none));
+  }
+  bool all = !any(missing);
+  for (; i < n; ++i) all &= (out[i] = table[in[i]]) != kNoRank;
+  return all;
 }
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
-  const Bytes16 threshold = splat(middle);
-  int total = 0;
-  for (int i = 0; i < n; i += 8) {
-    const Bytes16 x = load8(in + i);
-    unsigned b = mask_of8(at_least(x, threshold));
-    if (n - i < 8) b &= (1u << (n - i)) - 1;
-    *bits++ = static_cast<uint8_t>(b);
-    const int ones = __builtin_popcount(b);
-    if constexpr (keep_left) store8(left, shuffle(x, load16(kShuffle.compress[b ^ 0xff]))), left += 8 - ones;
-    if constexpr (keep_right) store8(right, shuffle(x, load16(kShuffle.compress[b]))), right += ones;
+  const Bytes threshold = everywhere(splat(middle));
+  int64_t total = 0;
+  // 8 symbols; what is not kept is written over by what comes next.
+  const auto split8 = [&](int64_t i, unsigned b) LEPTON_LAMBDA_INLINE {
+    const int64_t ones = __builtin_popcount(b);
+    if constexpr (keep_right) {
+      const Bytes16 sides = shuffle(load_twice8(in + i), load16(kShuffle.split[b]));
+      store8(right, sides);
+      if constexpr (keep_left) store_high8(left + i, sides), left -= ones;
+      right += ones;
+    }
     total += ones;
+  };
+  int64_t i = 0;
+  for (; i + kBytes <= n; i += kBytes) {
+    const unsigned word = mask_of(at_least(load(in + i), threshold));
+    __builtin_memcpy(bits + i / 8, &word, kBytes / 8);
+    unroll<kBytes / 8>([&]<int j>() LEPTON_LAMBDA_INLINE { split8(i + 8 * j, word >> 8 * j & 0xff); });
   }
-  return total;
+  if (i == n) return static_cast<int>(total);
+  unsigned word = mask_of(at_least(load(in + i), threshold)) & ((1u << (n - i)) - 1);
+  store_word(bits + i / 8, word, (n - i + 7) / 8);
+  for (; i < n; i += 8, word >>= 8) split8(i, word & 0xff);
+  return static_cast<int>(total);
 }
 
 }  // namespace

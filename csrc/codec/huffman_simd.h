@@ -23,15 +23,15 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Eight numbers of k bits in the bytes of a word, packed from the lowest bit up.
+// Eight numbers of k bits, from the bytes of a word, packed from the lowest bit up.
 LEPTON_INLINE uint64_t gather_numbers(uint64_t bytes, int k) {
-  const uint64_t mask = (1u << k) - 1;
 #if defined(__BMI2__)
-  return __builtin_ia32_pext_di(bytes, mask * 0x0101010101010101);
+  return __builtin_ia32_pext_di(bytes, ((1u << k) - 1) * uint64_t{0x0101010101010101});
 #else
-  uint64_t packed = 0;
-  for (int i = 0; i < 8; ++i) packed |= (bytes >> 8 * i & mask) << i * k;
-  return packed;
+  bytes &= ((1u << k) - 1) * uint64_t{0x0101010101010101};
+  bytes = (bytes & 0x00ff00ff00ff00ff) | (bytes & 0xff00ff00ff00ff00) >> (8 - k);
+  bytes = (bytes & 0x0000ffff0000ffff) | (bytes & 0xffff0000ffff0000) >> (16 - 2 * k);
+  return (bytes & 0x00000000ffffffff) | (bytes & 0xffffffff00000000) >> (32 - 4 * k);
 #endif
 }
 
@@ -60,7 +60,9 @@ LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t*
     return gather_numbers(word - first * uint64_t{0x0101010101010101}, k);
   };
   int i = 0;
-  for (; i + 8 <= n && end - bits >= 8; i += 8, bits += k) store_word(bits, packed_at(i), 8);
+  const int64_t whole = end - bits < 8 ? 0 : (end - bits - 8) / k + 1;  // words of 8 bytes that end within the bits
+  for (const int last = static_cast<int>(whole < n / 8 ? whole : n / 8) * 8; i < last; i += 8, bits += k)
+    store_word(bits, packed_at(i), 8);
   for (; i < n; i += 8, bits += k) {
     uint64_t packed = packed_at(i);
     if (n - i < 8) packed &= (uint64_t{1} << (n - i) * k) - 1;
@@ -69,15 +71,6 @@ LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t*
 }
 
 #if !defined(__AVX512VBMI2__)
-LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  bool all = true;
-  for (int i = 0; i < n; ++i) {
-    out[i] = table[in[i]];
-    all &= out[i] != kNoRank;
-  }
-  return all;
-}
-
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   int64_t ones = 0;
   int i = 0;

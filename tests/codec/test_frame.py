@@ -106,7 +106,7 @@ print(digest.hexdigest())
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_data_that_a_sample_misrepresents(layout):
-    # Of a large plane's pieces of 1 KiB the encoder counts one in four: these (huffman.cpp).
+    # Of 256 pieces of 1 KiB the encoder counts one in four: these (huffman.cpp).
     rng = np.random.default_rng(2)
     pieces = np.arange(256)
     counted = np.repeat(pieces % 4 == (pieces // 4 * 4 * 0x9E3779B1 & 0xFFFFFFFF) >> 30, 1024)
