@@ -4,44 +4,57 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// expand(word, b): the lowest bytes of a word move up to where b has its ones, in order, in three steps of 4, 2 and 1
-// bytes; the others become 0. mask[b]: 255 where b has its ones.
+// Two words of 8 bytes side by side, by the compiler's vectors: SSE2 registers where there are any.
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+// expand(words, b): the lowest bytes of words[0] move up to where b has its zeros, in order, in three steps of 4, 2 and 1
+// bytes, and those of words[1] to where it has its ones; the others become 0. compress is the reverse.
+// mask[b]: 255 where b has its zeros; where it has its ones.
 struct ExpandTables {
-  uint64_t moves[256][3];
-  uint64_t mask[256];
+  Words moves[256][3];
+  Words mask[256];
   uint8_t ones[256];  // popcount, for the processor may have no instruction
 };
 
 constexpr ExpandTables make_tables() {
   ExpandTables tables{};
   for (int b = 0; b < 256; ++b) {
-    int ones = 0;
+    uint64_t moves[3][2] = {}, mask[2] = {};
+    int placed[2] = {};
     for (int i = 0; i < 8; ++i) {
-      if (!(b >> i & 1)) continue;
-      // Byte `ones` has a way of i - ones to go. The longest step comes first: none meets another byte.
-      const int way = i - ones;
-      int at = ones++;
-      for (int step = 0; step < 3; ++step) {
-        const int length = 4 >> step;
-        if (!(way & length)) continue;
+      const int side = b >> i & 1, from = placed[side]++;
+      int at = from;
+      // The longest step comes first: no byte meets another.
+      for (int step = 0, length = 4; step < 3; ++step, length /= 2) {
+        if (!((i - from) & length)) continue;
         at += length;
-        tables.moves[b][step] |= uint64_t{0xff} << 8 * at;
+        moves[step][side] |= uint64_t{0xff} << 8 * at;
       }
-      tables.mask[b] |= uint64_t{0xff} << 8 * i;
+      mask[side] |= uint64_t{0xff} << 8 * i;
     }
-    tables.ones[b] = static_cast<uint8_t>(ones);
+    for (int step = 0; step < 3; ++step) tables.moves[b][step] = Words{moves[step][0], moves[step][1]};
+    tables.mask[b] = Words{mask[0], mask[1]};
+    tables.ones[b] = static_cast<uint8_t>(placed[1]);
   }
   return tables;
 }
 
 constexpr ExpandTables kExpand = make_tables();
 
-LEPTON_INLINE uint64_t expand(uint64_t word, unsigned b) {
-  const uint64_t* const moves = kExpand.moves[b];
-  word = (word & ~moves[0]) | (word << 32 & moves[0]);
-  word = (word & ~moves[1]) | (word << 16 & moves[1]);
-  word = (word & ~moves[2]) | (word << 8 & moves[2]);
-  return word & kExpand.mask[b];
+LEPTON_INLINE Words expand(Words words, unsigned b) {
+  const Words* const moves = kExpand.moves[b];
+  words = (words & ~moves[0]) | (words << 32 & moves[0]);
+  words = (words & ~moves[1]) | (words << 16 & moves[1]);
+  words = (words & ~moves[2]) | (words << 8 & moves[2]);
+  return words & kExpand.mask[b];
+}
+
+LEPTON_INLINE Words compress(Words words, unsigned b) {
+  const Words* const moves = kExpand.moves[b];
+  words &= kExpand.mask[b];
+  words = (words & ~moves[2]) | (words & moves[2]) >> 8;
+  words = (words & ~moves[1]) | (words & moves[1]) >> 16;
+  return (words & ~moves[0]) | (words & moves[0]) >> 32;
 }
 
 LEPTON_INLINE uint64_t splat(uint8_t byte) { return byte * uint64_t{0x0101010101010101}; }
@@ -49,7 +62,8 @@ LEPTON_INLINE uint64_t splat(uint8_t byte) { return byte * uint64_t{0x0101010101
 LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
   for (int i = 0; i < n; i += 8) {
     const unsigned b = *bits++;
-    store_word(out + i, expand(load_word(left, 8), b ^ 0xff) | expand(load_word(right, 8), b), 8);
+    const Words sides = expand(Words{load_word(left, 8), load_word(right, 8)}, b);
+    store_word(out + i, sides[0] | sides[1], 8);
     right += kExpand.ones[b];
     left += 8 - kExpand.ones[b];
   }
@@ -59,14 +73,15 @@ LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t 
   const uint64_t left = splat(symbol);
   for (int i = 0; i < n; i += 8) {
     const unsigned b = *bits++;
-    store_word(out + i, (left & ~kExpand.mask[b]) | expand(load_word(right, 8), b), 8);
+    const Words sides = expand(Words{left, load_word(right, 8)}, b);
+    store_word(out + i, sides[0] | sides[1], 8);
     right += kExpand.ones[b];
   }
 }
 
 LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol0, uint8_t symbol1) {
   const uint64_t zeros = splat(symbol0), change = zeros ^ splat(symbol1);
-  for (int i = 0; i < n; i += 8) store_word(out + i, zeros ^ (change & kExpand.mask[bits[i / 8]]), 8);
+  for (int i = 0; i < n; i += 8) store_word(out + i, zeros ^ (change & kExpand.mask[bits[i / 8]][1]), 8);
 }
 
 template <int k>
@@ -117,15 +132,6 @@ LEPTON_INLINE unsigned at_least(uint64_t x, uint8_t middle) {
   return static_cast<unsigned>((ge >> 7) * 0x0102040810204080 >> 56);
 }
 
-// The reverse of expand: the bytes where b has its ones, side by side from the lowest on.
-LEPTON_INLINE uint64_t compress(uint64_t word, unsigned b) {
-  const uint64_t* const moves = kExpand.moves[b];
-  word &= kExpand.mask[b];
-  word = (word & ~moves[2]) | (word & moves[2]) >> 8;
-  word = (word & ~moves[1]) | (word & moves[1]) >> 16;
-  return (word & ~moves[0]) | (word & moves[0]) >> 32;
-}
-
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   int total = 0;
@@ -135,8 +141,11 @@ LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* b
     if (n - i < 8) b &= (1u << (n - i)) - 1;
     bits[i / 8] = static_cast<uint8_t>(b);
     const int ones = kExpand.ones[b];
-    if constexpr (keep_left) store_word(left, compress(x, b ^ 0xff), 8), left += 8 - ones;
-    if constexpr (keep_right) store_word(right, compress(x, b), 8), right += ones;
+    if constexpr (keep_right) {
+      const Words sides = compress(Words{x, x}, b);
+      store_word(right, sides[1], 8), right += ones;
+      if constexpr (keep_left) store_word(left, sides[0], 8), left += 8 - ones;
+    }
     total += ones;
   }
   return total;
