@@ -131,50 +131,113 @@ class CodeWriter {
   int64_t k_ = 0, in_width_ = 0;  // codes since the last clear, and of this width
 };
 
-// (code, byte) -> the code of that string, as far as it is remembered: a string is kept where its hash says, and pushes out
-// what was there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is
-// no chain to follow, and no branch that nobody can predict.
+// The encoder's dictionary, as far as it is remembered: a string is kept where its hash says, and pushes out what was
+// there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is no chain
+// to follow. Strings of up to kShort bytes are found by their bytes, so that several lengths are looked up at once and not
+// one after the other; longer ones by the code of all but their last byte.
 class Strings {
  public:
-  explicit Strings(int max_bits)
-      : hash_mask_((1u << (max_bits + 8)) - 1), slots_(size_t{1} << (max_bits + 8 - kTagBits), 0) {}
+  explicit Strings(int max_bits) : index_bits_(max_bits + 1) {
+    thread_local std::vector<uint64_t> slots[2];  // threads keep them: they are as large as a chunk
+    for (auto& table : slots)
+      if (table.size() < size_t{1} << index_bits_) table.resize(size_t{1} << index_bits_);
+    short_ = slots[0].data();
+    long_ = slots[1].data();
+    clear();
+  }
 
-  void clear() { std::fill(slots_.begin(), slots_.end(), 0u); }
+  void clear() {
+    std::fill_n(short_, size_t{1} << index_bits_, uint64_t{0});
+    std::fill_n(long_, size_t{1} << index_bits_, uint64_t{0});
+  }
 
-  // Extends the string `prefix` byte by byte through src[n]. Where it and the next byte are no known string, its code is
-  // added to codes, and, if `learns`, the new string gets the code `next`. Returns the number of codes added.
+  // Cuts text[size] from *at on into known strings, at most `most` of them, and writes their codes. If `learns`, each
+  // string and the byte behind it become the string `next`, `next` + 1, ... Returns how many codes it wrote.
   template <bool learns>
-  int64_t parse(const uint8_t* src, int64_t n, uint32_t* prefix, int next, uint16_t* codes) {
-    uint32_t* const slots = slots_.data();
-    const uint32_t mask = hash_mask_;
-    uint32_t string = *prefix;
+  int64_t parse(const uint8_t* text, int64_t size, int64_t* at, int64_t most, int next, uint16_t* codes) {
     int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t byte = src[i];
-      // Odd factor: a one-to-one map of max_bits + 8 bits, so the slot's number and the tag are the string.
-      const uint32_t hash = (string << 8 | byte) * 0x9E3779B1u & mask;
-      uint32_t& slot = slots[hash >> kTagBits];
-      const uint32_t tag = kUsed | (hash & ((1u << kTagBits) - 1)) << 16, found = slot;
-      const uint32_t known = (found ^ tag) >> 16 == 0 ? ~0u : 0u;
-      codes[count] = static_cast<uint16_t>(string);
-      if constexpr (learns) slot = (known & found) | (~known & (tag | static_cast<uint32_t>(next + count)));
-      string = (known & found & 0xffff) | (~known & byte);
-      count += known + 1;
+    for (; count < most && *at + 8 <= size; ++count) {
+      uint64_t word;
+      std::memcpy(&word, text + *at, 8);
+      codes[count] = cut<learns>(word, text, size, at, static_cast<uint64_t>(next + count));
     }
-    *prefix = string;
+    for (; count < most && *at < size; ++count) {
+      uint64_t word = 0;  // the bytes past the end are no part of a string, as cut() sees
+      std::memcpy(&word, text + *at, static_cast<size_t>(std::min<int64_t>(size - *at, 8)));
+      codes[count] = cut<learns>(word, text, size, at, static_cast<uint64_t>(next + count));
+    }
     return count;
   }
 
  private:
-  static constexpr int kTagBits = 7;
-  static constexpr uint32_t kUsed = 1u << 31;
-  uint32_t hash_mask_;
-  std::vector<uint32_t> slots_;  // kUsed, tag << 16, code
+  static constexpr int kShort = 7;
+  // An odd factor maps 64 bits one to one: the place of a slot and the rest of the hash in it are the key. The code fills
+  // the bits that this leaves; it is not 0.
+  static constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;
+
+  struct Match {
+    uint64_t code, length;
+  };
+
+  template <bool learns>
+  uint16_t cut(uint64_t word, const uint8_t* text, int64_t size, int64_t* at, uint64_t made) {
+    const uint64_t left = static_cast<uint64_t>(size - *at);
+    Match match{word & 0xff, 1};
+    try_short(word, 2, &match);
+    try_short(word, 3, &match);
+    try_short(word, 4, &match);
+    if (match.length == 4) {
+      try_short(word, 5, &match);
+      try_short(word, 6, &match);
+      try_short(word, 7, &match);
+      if (match.length == kShort) {
+        for (const uint8_t* from = text + *at; match.length < left; ++match.length) {
+          const uint64_t found = code_in(long_, long_hash(match.code, from[match.length]));
+          if (!is_code(found)) break;
+          match.code = found;
+        }
+      }
+    }
+    if (match.length > left) [[unlikely]] match = without_end(word, left);
+    if (learns && match.length < left) {
+      const bool is_short = match.length < kShort;
+      const uint64_t hash = is_short ? short_hash(word, match.length + 1) : long_hash(match.code, text[*at + match.length]);
+      (is_short ? short_ : long_)[hash >> (64 - index_bits_)] = hash << index_bits_ | made;
+    }
+    *at += static_cast<int64_t>(match.length);
+    return static_cast<uint16_t>(match.code);
+  }
+
+  // The longest string of at most `left` bytes.
+  Match without_end(uint64_t word, uint64_t left) const {
+    Match match{word & 0xff, 1};
+    for (uint64_t length = 2; length <= left; ++length) try_short(word, length, &match);
+    return match;
+  }
+
+  static uint64_t short_hash(uint64_t word, uint64_t length) {
+    return ((word & ((uint64_t{1} << 8 * length) - 1)) | length << 56) * kFactor;
+  }
+  static uint64_t long_hash(uint64_t code, uint8_t byte) { return (code << 8 | byte) * kFactor; }
+
+  // The code that a slot holds for a hash; if it holds another, something that is none.
+  uint64_t code_in(const uint64_t* slots, uint64_t hash) const {
+    return slots[hash >> (64 - index_bits_)] ^ hash << index_bits_;
+  }
+  bool is_code(uint64_t found) const { return found - 1 < (uint64_t{1} << index_bits_) - 1; }
+
+  void try_short(uint64_t word, uint64_t length, Match* match) const {
+    const uint64_t found = code_in(short_, short_hash(word, length));
+    if (is_code(found)) *match = {found, length};
+  }
+
+  int index_bits_;
+  uint64_t *short_, *long_;  // the rest of a hash, then a code
 };
 
 // compress(1) looks at its ratio this often once the dictionary is full, and starts anew when it fell.
 constexpr int64_t kCheckInterval = 10000;
-constexpr int64_t kCodesAtOnce = 1 << 14;
+constexpr int64_t kCodesAtOnce = 1 << 14, kCodesToCheck = 1 << 9;
 
 uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_t* dst) {
   CodeWriter writer(d, dst);
@@ -187,38 +250,25 @@ uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_
     return d.first_free;
   };
   int next = d.end >= 0 ? clear() : d.first_free;  // GIF and TIFF streams begin with a clear code
-  if (size > 0) {
-    uint32_t prefix = src[0];
-    int64_t check_at = kCheckInterval;
-    double best_ratio = 0;
-    for (int64_t i = 1; i < size;) {
-      const int64_t most = std::min(size - i, kCodesAtOnce);
-      if (next < d.limit) {
-        const int64_t n = std::min<int64_t>(most, d.limit - next);  // a string a byte, at most
-        const int64_t added = strings.parse<true>(src + i, n, &prefix, next, codes.data());
-        writer.put(codes.data(), added);
-        next += static_cast<int>(added);
-        i += n;
-        if (next == d.limit && d.end >= 0) next = clear();
-      } else {
-        const bool checks = d.clear >= 0;
-        const int64_t n = checks ? std::min(most, std::max<int64_t>(check_at - i, 1)) : most;
-        writer.put(codes.data(), strings.parse<false>(src + i, n, &prefix, next, codes.data()));
-        i += n;
-        if (!checks || i < check_at) continue;
-        check_at = i + kCheckInterval;
-        const double ratio = static_cast<double>(i) / static_cast<double>(writer.position() - dst + 1);
-        if (ratio >= best_ratio) {
-          best_ratio = ratio;
-        } else if (i < size) {
-          writer.put(static_cast<int>(prefix));
-          next = clear();
-          best_ratio = 0;
-          prefix = src[i++];
-        }
-      }
+  int64_t check_at = kCheckInterval;
+  double best_ratio = 0;
+  for (int64_t at = 0; at < size;) {
+    if (next < d.limit) {
+      const int64_t most = std::min<int64_t>(kCodesAtOnce, d.limit - next);
+      const int64_t n = strings.parse<true>(src, size, &at, most, next, codes.data());
+      writer.put(codes.data(), n);
+      next += static_cast<int>(n);
+      if (next == d.limit && d.end >= 0) next = clear();
+      continue;
     }
-    writer.put(static_cast<int>(prefix));
+    const bool checks = d.clear >= 0;
+    const int64_t n = strings.parse<false>(src, size, &at, checks ? kCodesToCheck : kCodesAtOnce, next, codes.data());
+    writer.put(codes.data(), n);
+    if (!checks || at < check_at) continue;
+    check_at = at + kCheckInterval;
+    const double ratio = static_cast<double>(at) / static_cast<double>(writer.position() - dst + 1);
+    if (ratio < best_ratio) next = clear();
+    best_ratio = ratio < best_ratio ? 0 : ratio;
   }
   if (d.end >= 0) writer.put(d.end);
   return writer.finish();
