@@ -42,7 +42,7 @@ def _entropy_bytes(data: np.ndarray, layout: int) -> float:
 def best_layout(data: np.ndarray) -> tuple[str, float]:
     """The layout whose planes have the lowest order-0 entropy in a sample of data, uint8 [size], and that entropy as a
     part of the size."""
-    names = ("bytes", "bf16", "fp16", "fp32") if data.size % 4 == 0 else ("bytes",)
+    names = ("bytes", "bf16", "fp32") if data.size % 4 == 0 else ("bytes",)  # fp16 is split as bf16 is
     entropies = {name: round(_entropy_bytes(data, frame.LAYOUTS.index(name)), 3) for name in names}
     best = min(names, key=lambda name: entropies[name])  # the first of equals
     return best, entropies[best]

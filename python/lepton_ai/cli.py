@@ -1,5 +1,5 @@
 """The command `lepton`: a thin layer over lepton_ai and lepton_kernels. Exit codes: 0 fine, 1 a problem was found in
-the data, 2 wrong arguments."""
+the data, 2 wrong arguments. torch is imported by the commands that need it: it takes seconds."""
 
 import dataclasses
 import json
@@ -16,7 +16,6 @@ from rich.table import Table
 
 import lepton_kernels as lk
 from lepton_ai import packing
-from lepton_ai.compression import Compression, Pruning, Quantization
 from lepton_kernels import codec as codecs
 from lepton_kernels.model_file import CODECS, ModelFile
 
@@ -96,6 +95,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Prune, quantize and entropy-code a model into one safetensors file."""
+    from lepton_ai.compression import Compression, Pruning, Quantization
     from lepton_ai.model import LeptonModel
 
     with _errors():
