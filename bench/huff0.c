@@ -1,4 +1,4 @@
-/* huff0.c - zstd's Huffman coder by itself, in blocks of 128 KiB as zstd has them. Compiled by peers.py together with the
+/* huff0.c - zstd's Huffman coder by itself, in blocks of 128 KiB as zstd has them. Compiled by rivals_codec.py together with the
  * zstd.c of the package `zstandard`, whose functions of this coder are not public.
  *
  * A block: uint32 of its coded bytes, which is 0 for bytes left as they are, 1 for one repeated byte.

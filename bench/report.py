@@ -12,6 +12,7 @@ from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
+import report_codec
 import report_gemm
 from tables import Run, markdown, milliseconds, runs_of
 
@@ -23,7 +24,8 @@ ran in one process, in turn; medians. "of limit": the time that the machine's li
 of operations / peak and weight bytes / bandwidth. "best peer / ours" and "x best peer" above 1: we are the faster one.
 """
 NOTES = {
-    "codec": "GB/s of original bytes (compressed / original size); order-0 entropy of bytes; 1 thread.",
+    "codec": "GB/s of original bytes (compressed / original size); 1 thread. huff0 (zstd's Huffman coder) in C, with BMI2 "
+    "where there is; ncompress is a process a call.",
     "pipeline": "ms; MiniLM, 128 tokens.",
     "prune": "ms.",
     "recurrent": "ms; the whole sequence.",
@@ -33,24 +35,17 @@ NOTES = {
 
 
 def race_table(runs: list[Run]) -> list[str]:
-    """A line a case: ours, the best peer's ratio, then all others (codec: speeds)."""
+    """A line a case: ours, the best peer's ratio, then all others."""
 
     def value(run: Run, name: str) -> str:
-        if name not in run.medians:
-            return ""
-        info = run.infos[name]
-        if "bytes" in info:
-            return f"{info['bytes'] / run.medians[name] / 1e9:.2f} ({info['ratio']:.3f})"
-        return milliseconds(run.medians[name])
+        return milliseconds(run.medians[name]) if name in run.medians else ""
 
     own, *others = dict.fromkeys(name for run in runs for name in run.medians)
     rows = []
     for run in runs:
-        info = run.infos[own]
-        label = info["row"] + (f" ({info['entropy']:.2f} bits)" if "entropy" in info else "")
         peers = [taken for name, taken in run.medians.items() if not name.startswith("lepton")]
         best = f"{min(peers) / run.medians[own]:.2f}" if peers else ""
-        rows.append([label, value(run, own), best, *(value(run, name) for name in others)])
+        rows.append([run.infos[own]["row"], value(run, own), best, *(value(run, name) for name in others)])
     return markdown(["", f"**{own}**", "best peer / ours", *others], rows)
 
 
@@ -93,6 +88,8 @@ def part_body(part: str, files: list[dict], folder: Path) -> tuple[str, str]:
     if part == "gemm":
         limits = report_gemm.best_limits([content for content in files if "benchmarks" not in content])
         lines += ["", *report_gemm.body(runs, limits, folder, machine["cpu"])]
+    elif part == "codec":
+        lines += report_codec.body(runs)
     else:
         lines += race_tables(runs)
     return machine["cpu"], "\n".join(lines)

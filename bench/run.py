@@ -1,7 +1,8 @@
 """Measures one part of RESULTS.md and writes it: python bench/run.py PART [arguments of pytest]
 
 PART: gemm, codec, pipeline, prune or recurrent. With arguments, and in a quick run, the report is printed and
-RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and after.
+RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and after. codec:
+with the machine's level, then Huffman decoding with older ones.
 """
 
 import json
@@ -15,15 +16,16 @@ import roof
 
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "bench"
+OLD_LEVELS = ("ssse3", "generic")
 
 
-def measure(part: str, threads: int, arguments: list[str]) -> Path:
-    path = BUILD / f"{part}-{threads}.json"
+def measure(part: str, threads: int, arguments: list[str], level: str = "") -> Path:
+    path = BUILD / f"{part}-{level or threads}.json"
     pytest = Path(sys.executable).with_name("pytest")
     subprocess.run(
         [pytest, FOLDER / f"bench_{part}.py", "-q", "--override-ini=python_files=bench_*.py",
          f"--benchmark-json={path}", "--benchmark-columns=median,iqr,rounds", *arguments],
-        check=True, env={**os.environ, "LEPTON_BENCH_THREADS": str(threads)},
+        check=True, env={**os.environ, "LEPTON_BENCH_THREADS": str(threads), **({"LEPTON_MAX_ISA": level} if level else {})},
     )  # fmt: skip
     return path
 
@@ -42,6 +44,9 @@ def main() -> None:
         before = limits("before")
         files = [measure(part, count, arguments) for count in sorted({1, threads})]
         files += [before, limits("after")]
+    elif part == "codec":
+        files = [measure(part, 1, arguments)]
+        files += [measure(part, 1, ["-k", "huffman and decode", *arguments], level) for level in OLD_LEVELS]
     else:
         files = [measure(part, threads, arguments)]
     a_look = arguments or os.environ.get("LEPTON_BENCH_CASES") == "quick"

@@ -1,7 +1,9 @@
 """save and load: a model or a state dict as one model file (model_file.py), tensor by tensor."""
 
 import json
+import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +19,7 @@ from lepton_kernels.nn import QuantEmbedding, QuantLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.scheme import QuantScheme
 
+_LOG = logging.getLogger("lepton_kernels")
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
@@ -92,9 +95,7 @@ def save(
     model_file.write(path, pending, texts, codec)
 
 
-def _tensor(file: model_file.ModelFile, name: str, device: torch.device | None) -> Tensor:
-    entry = file.entries[name]
-    data = file.read(name)
+def _tensor(entry: model_file.Entry, data: np.ndarray, device: torch.device | None) -> Tensor:
     if not data.size:
         return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=device)
     return torch.from_numpy(data).view(_DTYPES[entry.dtype]).reshape(entry.shape).to(device)
@@ -148,7 +149,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
 
     model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
     costs no memory. Its nn.Linear, nn.Embedding and recurrent layers become what they are in the file. Every tensor is
-    checked; nothing is put into `model` before all of them have been read. A model that fuse_ has changed stays
+    checked; nothing is put into `model` before all of them have been read, which the logger lepton_kernels tells the
+    speed of (level INFO). The disk is read ahead while a tensor is decoded, on all threads. A model that fuse_ has changed stays
     so; layers of one input that the file replaces by others part. device: where tensors go; None is the CPU.
     Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
     """
@@ -176,7 +178,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
             expected.update({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
         _check_names(path, expected, shapes)
 
-    state: dict[str, Tensor] = {name: _tensor(file, name, target) for name in progress(list(file.entries), "reading")}
+    start = time.perf_counter()
+    tensors = zip(progress(list(file.entries), "reading"), file.read_all(), strict=False)  # the first one ends it
+    state = {name: _tensor(file.entries[name], data, target) for _, (name, data) in tensors}
+    seconds = time.perf_counter() - start
+    size = sum(entry.size for entry in file.entries.values())
+    _LOG.info(
+        "load: %s: %.1f MB, stored as %.1f MB, in %.3f s: %.2f GB/s", path, size / 1e6,
+        sum(entry.stored_size for entry in file.entries.values()) / 1e6, seconds, size / 1e9 / seconds,
+    )  # fmt: skip
     state.update({name: state[source] for name, source in tied.items()})
     if model is None:
         return state

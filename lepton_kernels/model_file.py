@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,10 +26,11 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-# Which symbols a dtype is coded as, else bytes; int32, where QuantLinear packs 4-bit values, is tried as nibbles too.
+# Which symbols a dtype is coded as, else bytes, packed 4-bit values among them.
 _LAYOUT = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _MIN_CODED_BYTES = 4096  # smaller tensors are left alone: a frame would cost what it saves
 _WORD = 8
+_AHEAD_BYTES = 64 << 20  # fetched from the disk while a tensor is decoded
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _VERSION_KEY, _TENSORS_KEY, _CHECK_KEY = "lepton.version", "lepton.tensors", "lepton.checksum"
 
@@ -263,6 +264,15 @@ class ModelFile:
         except CorruptDataError as error:
             raise CorruptDataError(f"{self.path}: tensor {name}: {error}") from error
 
+    def read_all(self, threads: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """`read` of every tensor, in the file's order. While one is decoded the system fetches the next ones from the
+        disk into its own cache, which takes no memory of the process."""
+        with self.path.open("rb", buffering=0) as file:
+            for name, entry in self.entries.items():
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), entry.end, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+                yield name, self.read(name, threads)
+
 
 def inspect(path: str | os.PathLike[str]) -> list[Entry]:
     """The tensors of a file, in its order: dtype, shape, codec, stored and decoded bytes. Reads the header alone.
@@ -279,6 +289,6 @@ def verify(path: str | os.PathLike[str]) -> list[Entry]:
     the file is checked.
     """
     file = ModelFile.open(path)
-    for name in file.entries:
-        file.read(name)
+    for _ in file.read_all():
+        pass
     return list(file.entries.values())

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -240,3 +241,10 @@ def test_saving_peaks_at_two_layers(tmp_path):
     state = {f"w{i}": torch.randn(layer // 4) for i in range(6)}
     lk.save(state, tmp_path / "a")
     assert _peak_of(lambda: lk.save(state, tmp_path / "a")) < 2.5 * layer
+
+
+def test_load_tells_how_fast_it_was(tmp_path, caplog):
+    lk.save({"weight": torch.randn(300, 400) * 0.02, "bias": torch.randn(7)}, tmp_path / "model.safetensors")
+    with caplog.at_level("INFO", "lepton_kernels"):
+        lk.load(tmp_path / "model.safetensors")
+    assert re.search(r"model.safetensors: 0.5 MB, stored as 0.4 MB, in 0\.\d+ s: \d+\.\d\d GB/s", caplog.text)

@@ -252,22 +252,32 @@ def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, thread
     if stop - start > max_size:
         raise CorruptDataError(f"{function}: blob says that it holds {stop - start} bytes; max_size is {max_size}")
     result, memory = _output(function, out, stop - start)
+    check_range(function, frame, start, stop)
     decode_range(function, frame, start, stop, memory, thread_count(function, threads))
     return result
 
 
-def decode_range(function: str, frame: Frame, start: int, stop: int, out: np.ndarray, threads: int) -> None:
-    """Decodes bytes start..stop of a frame to out, uint8 [stop - start]; only the chunks that hold them are read."""
-    if start == stop:
-        return
-    first, last = start // frame.chunk_size, -(-stop // frame.chunk_size)
-    begin, end = first * frame.chunk_size, min(last * frame.chunk_size, frame.size)
-    whole = begin == start and end == stop
-    target = out if whole else np.empty(end - begin, dtype=np.uint8)
+def _chunks_of(frame: Frame, start: int, stop: int) -> tuple[int, int]:
+    return start // frame.chunk_size, -(-stop // frame.chunk_size)
+
+
+def check_range(function: str, frame: Frame, start: int, stop: int) -> None:
+    """Checks the chunks that hold bytes start..stop against their checksums; raises CorruptDataError."""
+    first, last = _chunks_of(frame, start, stop) if start < stop else (0, 0)
     for i in range(first, last):
         payload = frame.data[frame.offsets[i] : frame.offsets[i] + frame.lengths[i]]
         if xxhash.xxh3_64_intdigest(payload.data) != frame.checksums[i]:
             raise CorruptDataError(f"{function}: chunk {i}'s checksum does not match")
+
+
+def decode_range(function: str, frame: Frame, start: int, stop: int, out: np.ndarray, threads: int) -> None:
+    """Decodes bytes start..stop, checked before, to out, uint8 [stop - start]; only the chunks that hold them are read."""
+    if start == stop:
+        return
+    first, last = _chunks_of(frame, start, stop)
+    begin, end = first * frame.chunk_size, min(last * frame.chunk_size, frame.size)
+    whole = begin == start and end == stop
+    target = out if whole else np.empty(end - begin, dtype=np.uint8)
     lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
     bad = C.decode_chunks(
         frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, last - first,
