@@ -28,7 +28,9 @@ SMALL_CHUNK = 65536
 def data(kind: str) -> tuple[bytes, str]:
     """The bytes, and our layout for them."""
     if kind == "text":  # sources of torch: words that come again
-        files = sorted(Path(torch.__file__).parent.glob("nn/**/*.py")) + sorted(Path(torch.__file__).parent.glob("*.py"))
+        files = sorted(Path(torch.__file__).parent.glob("nn/**/*.py")) + sorted(
+            Path(torch.__file__).parent.glob("*.py")
+        )
         return b"".join(file.read_bytes() for file in files)[:LIMIT], "bytes"
     if kind == "bf16 exponents":
         words = np.frombuffer(data("bf16")[0], np.uint16)
@@ -83,7 +85,10 @@ def lzw_contenders(kind: str) -> dict[str, Codec]:
     out = np.empty(len(raw), np.uint8)
     lzw = lk.codec.lzw
     variants = {
-        f"lepton {variant}": (functools.partial(lzw.encode, variant=variant), functools.partial(lzw.decode, variant=variant))
+        f"lepton {variant}": (
+            functools.partial(lzw.encode, variant=variant),
+            functools.partial(lzw.decode, variant=variant),
+        )
         for variant in ("tiff", "compress")
     }
     chunks = (functools.partial(lzw.encode, threads=1), functools.partial(lzw.decode, out=out, threads=1))
@@ -116,7 +121,9 @@ def run(race, what: str, direction: str, kind: str, contenders) -> None:
         small = lk.codec.huffman.encode(raw, layout=layout, chunk_size=SMALL_CHUNK)
         infos["lepton huffman"] |= {"ratio64": len(small) / len(raw), "ideal": lk.codec.entropy(raw, layout) / 8}
     level = f", level {CAPPED}" if CAPPED else ""
-    race(f"{what} {direction} {kind}{level}", calls, infos, table=f"{what} {direction}{level}", row=kind, bytes=len(raw))
+    race(
+        f"{what} {direction} {kind}{level}", calls, infos, table=f"{what} {direction}{level}", row=kind, bytes=len(raw)
+    )
 
 
 @pytest.mark.parametrize("kind", HUFFMAN_KINDS)

@@ -24,8 +24,8 @@ ran in one process, in turn; medians. "of limit": the time that the machine's li
 of operations / peak and weight bytes / bandwidth. "best peer / ours" and "x best peer" above 1: we are the faster one.
 """
 NOTES = {
-    "codec": "GB/s of original bytes (compressed / original size); 1 thread. huff0 (zstd's Huffman coder) in C, with BMI2 "
-    "where there is; ncompress is a process a call.",
+    "codec": "GB/s of original bytes (compressed / original size); 1 thread. huff0 is zstd's Huffman coder, in C, with "
+    "BMI2 where there is; ncompress is a process a call.",
     "pipeline": "ms; MiniLM, 128 tokens.",
     "prune": "ms.",
     "recurrent": "ms; the whole sequence.",

@@ -74,7 +74,9 @@ def targets(tables: dict[str, list[Run]]) -> list[Target]:
         run = decode["bf16"]
         ratio = run.infos[OURS]["ratio"] / run.infos["zipnn"]["ratio"]
         found.append(Target("bf16 model, size, x zipnn's", [("bf16", f"{ratio:.4f} of 1.005", ratio <= 1.005)]))
-        found.append(Target("bf16 model, decode, GB/s", [("bf16", f"{speed(run, OURS):.1f} of 7", speed(run, OURS) >= 7)]))
+        found.append(
+            Target("bf16 model, decode, GB/s", [("bf16", f"{speed(run, OURS):.1f} of 7", speed(run, OURS) >= 7)])
+        )
     for name, runs in by_kind.items():
         if name.startswith("huffman decode, level"):
             generic = name.endswith("generic")
@@ -82,9 +84,16 @@ def targets(tables: dict[str, list[Run]]) -> list[Target]:
             found.append(Target(f"{name}, x {peer}", _times(runs, dict.fromkeys(runs, wanted), peer)))
     for direction, tiff in (("decode", 4.0), ("encode", 3.0)):
         runs = by_kind.get(f"lzw {direction}", {})
-        found.append(Target(f"LZW {direction}, TIFF, x libtiff", _times(runs, dict.fromkeys(runs, tiff), "libtiff", "lepton tiff")))
         found.append(
-            Target(f"LZW {direction}, .Z, x ncompress", _times(runs, dict.fromkeys(runs, 3.0), "ncompress", "lepton compress"))
+            Target(
+                f"LZW {direction}, TIFF, x libtiff", _times(runs, dict.fromkeys(runs, tiff), "libtiff", "lepton tiff")
+            )
+        )
+        found.append(
+            Target(
+                f"LZW {direction}, .Z, x ncompress",
+                _times(runs, dict.fromkeys(runs, 3.0), "ncompress", "lepton compress"),
+            )
         )
     return [target for target in found if target.cases]
 
@@ -102,4 +111,10 @@ def body(runs: list[Run]) -> list[str]:
         verdict = "pass" if passed == len(target.cases) else "**fail**"
         rows.append([str(number), target.text, verdict, f"{passed} of {len(target.cases)}",
                      "; ".join(f"{kind}: {reached}" for kind, reached, _ in target.cases)])  # fmt: skip
-    return [*lines, "", "#### Targets of the codec", "", *markdown(["", "target", "", "pass", "reached, of what is asked"], rows)]
+    return [
+        *lines,
+        "",
+        "#### Targets of the codec",
+        "",
+        *markdown(["", "target", "", "pass", "reached, of what is asked"], rows),
+    ]

@@ -60,7 +60,9 @@ def huff0(symbols: int) -> Codec:
         size = int.from_bytes(blob[:8], "little")
         out = memory.setdefault(size, ctypes.create_string_buffer(size))
         source = ctypes.cast(ctypes.c_char_p(blob), ctypes.c_void_p).value + 8
-        if _huff0().huff0_decode(ctypes.c_void_p(source), ctypes.c_size_t(len(blob) - 8), out, ctypes.c_size_t(size), symbols):
+        if _huff0().huff0_decode(
+            ctypes.c_void_p(source), ctypes.c_size_t(len(blob) - 8), out, ctypes.c_size_t(size), symbols
+        ):
             raise ValueError("huff0: damaged")
         return memoryview(out)
 
@@ -105,7 +107,9 @@ def libtiff() -> Codec:
 def ncompress() -> Codec:
     """compress(1), a process for each call."""
     run = functools.partial(subprocess.run, capture_output=True)
-    return (lambda raw: run(["compress", "-c"], input=raw).stdout), (lambda blob: run(["compress", "-dc"], input=blob).stdout)
+    return (lambda raw: run(["compress", "-c"], input=raw).stdout), (
+        lambda blob: run(["compress", "-dc"], input=blob).stdout
+    )
 
 
 def igzip() -> Codec:

@@ -21,11 +21,12 @@ OLD_LEVELS = ("ssse3", "generic")
 
 def measure(part: str, threads: int, arguments: list[str], level: str = "") -> Path:
     path = BUILD / f"{part}-{level or threads}.json"
+    settings = {"LEPTON_BENCH_THREADS": str(threads), **({"LEPTON_MAX_ISA": level} if level else {})}
     pytest = Path(sys.executable).with_name("pytest")
     subprocess.run(
         [pytest, FOLDER / f"bench_{part}.py", "-q", "--override-ini=python_files=bench_*.py",
          f"--benchmark-json={path}", "--benchmark-columns=median,iqr,rounds", *arguments],
-        check=True, env={**os.environ, "LEPTON_BENCH_THREADS": str(threads), **({"LEPTON_MAX_ISA": level} if level else {})},
+        check=True, env={**os.environ, **settings},
     )  # fmt: skip
     return path
 

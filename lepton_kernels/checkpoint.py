@@ -149,8 +149,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
 
     model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
     costs no memory. Its nn.Linear, nn.Embedding and recurrent layers become what they are in the file. Every tensor is
-    checked; nothing is put into `model` before all of them have been read, which the logger lepton_kernels tells the
-    speed of (level INFO). The disk is read ahead while a tensor is decoded, on all threads. A model that fuse_ has changed stays
+    checked; nothing is put into `model` before all of them have been read. The disk is read ahead while a tensor is
+    decoded, on all threads; the logger lepton_kernels tells the speed (INFO). A model that fuse_ has changed stays
     so; layers of one input that the file replaces by others part. device: where tensors go; None is the CPU.
     Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
     """

@@ -45,8 +45,8 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
   return buffer.data();
 }
-thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], node_bits_buffer, encode_buffer, last_block,
-    block_buffer, sample_buffer;
+thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], node_bits_buffer, encode_buffer,
+    last_block, block_buffer, sample_buffer;
 
 // Counts symbols; in four tables, so that equal neighbours do not wait for each other's store.
 class Histogram {
@@ -74,9 +74,9 @@ class Histogram {
 };
 
 // Planes of so many symbols and more are counted in part: kSample symbols, at most one of every kLeastShare pieces of
-// kSamplePiece symbols; not the same one each time, for rows of a matrix have such lengths. Counting a byte takes as long
-// as encoding it.
-constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 16, kSamplePiece = 1024, kLeastShare = 4;
+// kSamplePiece symbols; not the same one each time, for rows of a matrix have such lengths. Counting a byte takes as
+// long as encoding it.
+constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 16, kSamplePiece = 1024, kLeastShare = 2;
 // A sample may lack rare symbols: those that are near to what it has get a code too. With fewer symbols than
 // kLeastSymbols that could cost many bits, and all are counted.
 constexpr int kNearSymbols = 8, kLeastSymbols = 16;
@@ -104,7 +104,8 @@ Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
   for_sample(plane, n, std::max(n / kSample, kLeastShare),
              [&](const uint8_t* piece) { histogram.add(piece, kSamplePiece); });
   Counts counts = histogram.counts();
-  if (std::count_if(std::begin(counts.of), std::end(counts.of), [](uint32_t c) { return c > 0; }) < kLeastSymbols) return {};
+  if (std::count_if(std::begin(counts.of), std::end(counts.of), [](uint32_t c) { return c > 0; }) < kLeastSymbols)
+    return {};
   int lowest = 0, highest = 255;
   while (counts.of[lowest] == 0) ++lowest;
   while (counts.of[highest] == 0) --highest;
@@ -150,7 +151,8 @@ bool may_be_coded(const HuffmanCode& code, const Counts& counts, int node) {
   const auto right = static_cast<double>(counts.in_ranks(code, code.middle[node], code.end[node]));
   const double all = left + right;
   return all >= kLeastNode * static_cast<double>(counts.total) &&
-         (std::max(left, right) >= kSkewed * all || (code.middle[node] == code.begin[node] + 1 && left >= kSingle * all));
+         (std::max(left, right) >= kSkewed * all ||
+          (code.middle[node] == code.begin[node] + 1 && left >= kSingle * all));
 }
 
 // Gives codes to nodes' bits, where that pays for a plane of n symbols. Returns the bytes that it saves, about.
@@ -173,8 +175,13 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
   const int sampled = static_cast<int>(end - sample);
   NodeBits bits[kMaxLeaves];
   const RankTables ranks = rank_tables(*code);
-  const EncodeBlockArgs args{code, sample, ranks.data(), sampled, scratch(block_buffer, block_bound(*code, sampled)),
-                             scratch(encode_buffer, encode_scratch(sampled)), bits};
+  const EncodeBlockArgs args{code,
+                             sample,
+                             ranks.data(),
+                             sampled,
+                             scratch(block_buffer, block_bound(*code, sampled)),
+                             scratch(encode_buffer, encode_scratch(sampled)),
+                             bits};
   if (select_huffman_encode_block(isa_in_use())(args) < 0) return 0;  // a symbol that nobody had counted
 
   int64_t saved = 0;
@@ -188,7 +195,8 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
     if (entropy_bits(bytes) > 8 * kCodedBits) continue;
     HuffmanCode& own = code->bits[code->coded_nodes];
     build_code(bytes, &own);
-    const int64_t plain = static_cast<int64_t>(static_cast<double>(bits[node].n) / sampled * static_cast<double>(n) / 8);
+    const int64_t plain =
+        static_cast<int64_t>(static_cast<double>(bits[node].n) / sampled * static_cast<double>(n) / 8);
     const int64_t coded = expected_bytes(own, bytes, plain);
     if (static_cast<double>(coded) > kCodedBits * static_cast<double>(plain)) continue;
     code->node[code->coded_nodes++] = static_cast<uint8_t>(node);
@@ -312,9 +320,9 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
     if (self.mode == kPlaneTree) {
       const Status status = read_table(&self.next, self.end, &self.code);
       if (status != Status::ok) return status;
-      if (layout == Layout::nibbles && std::any_of(self.code.tree.symbols,
-                                                   self.code.tree.symbols + self.code.tree.symbol_count(),
-                                                   [](uint8_t symbol) { return symbol > 15; }))
+      if (layout == Layout::nibbles &&
+          std::any_of(self.code.tree.symbols, self.code.tree.symbols + self.code.tree.symbol_count(),
+                      [](uint8_t symbol) { return symbol > 15; }))
         return Status::bad_table;
     } else if (self.mode != kPlaneRaw || layout == Layout::nibbles) {
       return Status::bad_mode;

@@ -5,8 +5,8 @@
 // group of symbols stores the place in the group, leaf_bits for each of the n. In whole bytes each, lowest bit first,
 // zero-padded; depth by depth, from the left. The same number of bits as Huffman's usual order, but no code length to
 // discover: decoding merges the children's symbols under each bitmap, from the deepest level up, 8 to 64 symbols an
-// instruction. (A Huffman-shaped wavelet tree; arXiv 2606.05765, "pivot-coded Huffman".) In place of a coded node's bits
-// stand its bytes, as a block of their own code.
+// instruction. (A Huffman-shaped wavelet tree; arXiv 2606.05765, "pivot-coded Huffman".) In place of a coded node's
+// bits stand its bytes, as a block of their own code.
 #pragma once
 
 #include <stdint.h>
@@ -46,9 +46,10 @@ struct EncodeBlockArgs {
   const uint8_t* symbols;         // n of them, with kVectorSlack
   const uint8_t (*rank_of)[256];  // of the tree, then of each coded node; kNoRank for symbols without a code
   int n;
-  uint8_t* out;          // block_bound bytes
-  uint8_t* scratch;      // encode_scratch(n) bytes
-  NodeBits* node_bits;   // [kMaxLeaves]: receives where in `out` each inner node's bits are; nullptr if there are coded ones
+  uint8_t* out;      // block_bound bytes
+  uint8_t* scratch;  // encode_scratch(n) bytes
+  NodeBits*
+      node_bits;  // [kMaxLeaves]: receives where in `out` each inner node's bits are; nullptr if there are coded ones
 };
 constexpr uint8_t kNoRank = 255;
 

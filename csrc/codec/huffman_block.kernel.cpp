@@ -66,7 +66,8 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
         bits += used;
         self.bits = decoded_bits;
         decoded_bits += of_bits.n + kVectorSlack;
-        if (self.n % 8 != 0 && self.bits[self.n / 8] >> self.n % 8 != 0) return -static_cast<int64_t>(Status::bad_padding);
+        if (self.n % 8 != 0 && self.bits[self.n / 8] >> self.n % 8 != 0)
+          return -static_cast<int64_t>(Status::bad_padding);
       } else if (!take(self.n)) {
         return bad(self.n);
       }

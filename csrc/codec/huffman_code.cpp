@@ -10,7 +10,7 @@ namespace lepton {
 namespace {
 
 // What a level of the tree costs besides its bit, in 256ths of one: a merge more for every symbol below it.
-constexpr uint64_t kMergePrice = 3;
+constexpr uint64_t kMergePrice = 4;
 
 // The plain bits that tell `symbols` symbols apart.
 constexpr int bits_for(int symbols) {

@@ -4,10 +4,10 @@
 // A group's symbols are about equally frequent. A symbol's place in its group is written in plain bits, which a decoder
 // reads at once, instead of one merge a bit.
 //
-// At every depth the leaves come first, then the inner nodes, so the number of inner nodes at each depth gives the whole
-// tree: inner node j of one depth has the nodes 2j and 2j + 1 of the next as children. Of the leaves at one depth, those
-// of one symbol come first. A symbol's `rank` is its place in the order of the leaves, which is also the order from left
-// to right, so a subtree is a range of ranks.
+// At every depth the leaves come first, then the inner nodes, so the number of inner nodes at each depth gives the
+// whole tree: inner node j of one depth has the nodes 2j and 2j + 1 of the next as children. Of the leaves at one
+// depth, those of one symbol come first. A symbol's `rank` is its place in the order of the leaves, which is also the
+// order from left to right, so a subtree is a range of ranks.
 #pragma once
 
 #include <stdint.h>
@@ -61,8 +61,8 @@ double entropy_bits(const Counts& counts);
 // little more than the bit it writes (kMergePrice).
 void build_code(const Counts& counts, HuffmanCode* code);
 
-// A node's bits may be coded in turn, where they are skewed (a whole bit for a symbol that three of four are) or regular
-// (sparsity patterns): eight of them are a byte, and bytes are symbols of a code of their own.
+// A node's bits may be coded in turn, where they are skewed (a whole bit for a symbol that three of four are) or
+// regular (sparsity patterns): eight of them are a byte, and bytes are symbols of a code of their own.
 constexpr int kMaxCodedNodes = 4;
 
 struct TreeCode {

@@ -7,9 +7,9 @@ namespace {
 // Two words of 8 bytes side by side, by the compiler's vectors: SSE2 registers where there are any.
 typedef uint64_t Words __attribute__((vector_size(16)));
 
-// expand(words, b): the lowest bytes of words[0] move up to where b has its zeros, in order, in three steps of 4, 2 and 1
-// bytes, and those of words[1] to where it has its ones; the others become 0. compress is the reverse.
-// mask[b]: 255 where b has its zeros; where it has its ones.
+// expand(words, b): the lowest bytes of words[0] move up to where b has its zeros, in order, in three steps of 4, 2 and
+// 1 bytes, and those of words[1] to where it has its ones; the others become 0. compress is the reverse. mask[b]: 255
+// where b has its zeros; where it has its ones.
 struct ExpandTables {
   Words moves[256][3];
   Words mask[256];

@@ -1,6 +1,6 @@
-// huffman_shuffle.h - huffman_simd.h on 8 symbols at a time: one byte of a node's bits picks a byte shuffle from a table
-// (pshufb, tbl). Wider registers have no use for it, as the second half's sources depend on the first's count; for groups
-// they have.
+// huffman_shuffle.h - huffman_simd.h on 8 symbols at a time: one byte of a node's bits picks a byte shuffle from a
+// table (pshufb, tbl). Wider registers have no use for it, as the second half's sources depend on the first's count;
+// for groups they have.
 #pragma once
 
 #include "codec/simd_bytes.h"
@@ -79,8 +79,8 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
   for (; i < n; i += 8) store8(out + i, shuffle(load16(both), load16(kShuffle.merge[bits[i / 8]])));
 }
 
-// Where numbers of k bits lie, 8 of them in k bytes: number i ends in the upper bits of a 16-bit lane that gets the bytes
-// bytes[k][2i] and bytes[k][2i + 1] and is multiplied by factors[k][i].
+// Where numbers of k bits lie, 8 of them in k bytes: number i ends in the upper bits of a 16-bit lane that gets the
+// bytes bytes[k][2i] and bytes[k][2i + 1] and is multiplied by factors[k][i].
 struct UnpackTables {
   alignas(16) uint8_t bytes[9][16];
   alignas(16) uint16_t factors[9][8];
@@ -120,7 +120,8 @@ LEPTON_INLINE void for_places(int n, const uint8_t* bits, int k, const Lookup& l
   }
 }
 
-// A table of 16 * parts bytes. Each 16 of them are a shuffle by a place's lowest four bits; the higher bits then choose.
+// A table of 16 * parts bytes. Each 16 of them are a shuffle by a place's lowest four bits; the higher bits then
+// choose.
 template <int parts>
 struct ByteTable {
   Bytes part[parts];
@@ -128,9 +129,7 @@ struct ByteTable {
   LEPTON_INLINE explicit ByteTable(const uint8_t* table) {
     for (int i = 0; i < parts; ++i) part[i] = everywhere(load16(table + 16 * i));
   }
-  LEPTON_INLINE Bytes at(Bytes places) const {
-    return look_up<0, parts>(places, low_nibbles(places));
-  }
+  LEPTON_INLINE Bytes at(Bytes places) const { return look_up<0, parts>(places, low_nibbles(places)); }
 
  private:
   template <int first, int count>
@@ -139,7 +138,8 @@ struct ByteTable {
       return shuffle(part[first], low);
     } else {
       constexpr int half = count / 2, bit = half == 1 ? 4 : half == 2 ? 5 : half == 4 ? 6 : 7;
-      return choose(bit_to_top<bit>(places), look_up<first + half, half>(places, low), look_up<first, half>(places, low));
+      return choose(bit_to_top<bit>(places), look_up<first + half, half>(places, low),
+                    look_up<first, half>(places, low));
     }
   }
 };

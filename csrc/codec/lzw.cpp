@@ -132,9 +132,9 @@ class CodeWriter {
 };
 
 // The encoder's dictionary, as far as it is remembered: a string is kept where its hash says, and pushes out what was
-// there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is no chain
-// to follow. Strings of up to kShort bytes are found by their bytes, so that several lengths are looked up at once and not
-// one after the other; longer ones by the code of all but their last byte.
+// there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is no
+// chain to follow. Strings of up to kShort bytes are found by their bytes, so that several lengths are looked up at
+// once and not one after the other; longer ones by the code of all but their last byte.
 class Strings {
  public:
   explicit Strings(int max_bits) : index_bits_(max_bits + 1) {
@@ -171,8 +171,8 @@ class Strings {
 
  private:
   static constexpr int kShort = 7;
-  // An odd factor maps 64 bits one to one: the place of a slot and the rest of the hash in it are the key. The code fills
-  // the bits that this leaves; it is not 0.
+  // An odd factor maps 64 bits one to one: the place of a slot and the rest of the hash in it are the key. The code
+  // fills the bits that this leaves; it is not 0.
   static constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;
 
   struct Match {
@@ -198,10 +198,12 @@ class Strings {
         }
       }
     }
-    if (match.length > left) [[unlikely]] match = without_end(word, left);
+    if (match.length > left) [[unlikely]]
+      match = without_end(word, left);
     if (learns && match.length < left) {
       const bool is_short = match.length < kShort;
-      const uint64_t hash = is_short ? short_hash(word, match.length + 1) : long_hash(match.code, text[*at + match.length]);
+      const uint64_t hash =
+          is_short ? short_hash(word, match.length + 1) : long_hash(match.code, text[*at + match.length]);
       (is_short ? short_ : long_)[hash >> (64 - index_bits_)] = hash << index_bits_ | made;
     }
     *at += static_cast<int64_t>(match.length);
@@ -292,7 +294,13 @@ struct Entry {
   }
 };
 
+// 16 bytes, all of which are read before one is written: the two places may overlap.
 constexpr int kCopySlack = 16;
+void copy16(uint8_t* to, const uint8_t* from) {
+  uint8_t bytes[kCopySlack];
+  std::memcpy(bytes, from, kCopySlack);
+  std::memcpy(to, bytes, kCopySlack);
+}
 
 // The text, which grows where its owner lets it.
 struct Text {
@@ -321,7 +329,8 @@ class Decoder {
     const bool fills = d_.clear < 0;
     bool done = false;
     while (!done && (!fills || size_ < text->room)) {
-      if (k_ > 0 && width_ == width_of(d_, k_)) next() < last() ? ordinary_codes<true>(*text) : ordinary_codes<false>(*text);
+      if (k_ > 0 && width_ == width_of(d_, k_))
+        next() < last() ? ordinary_codes<true>(*text) : ordinary_codes<false>(*text);
       if (fills && size_ == text->room) break;
       const Status status = one_code(text, &done);
       if (status != Status::ok) return status;
@@ -374,7 +383,7 @@ class Decoder {
       const int64_t n = string.length();
       if (at + n > room) break;
       store64(out + at, string.head);
-      for (int64_t i = 8; i < n; i += kCopySlack) std::memcpy(out + at + i, out + string.at() + i, kCopySlack);
+      for (int64_t i = 8; i < n; i += kCopySlack) copy16(out + at + i, out + string.at() + i);
       if constexpr (grows) entries_[next_code++] = previous.longer(string.first(), previous_at);
       previous = string;
       previous_at = at;

@@ -98,12 +98,8 @@ LEPTON_INLINE bool any(Bytes16 v) { return mask_of(v) != 0; }
 #if defined(__AVX2__)
 using Bytes = __m256i;
 
-LEPTON_INLINE Bytes load(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-LEPTON_INLINE Bytes everywhere(Bytes16 v) {
-  return _mm256_broadcastsi128_si256(v);
-}
+LEPTON_INLINE Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+LEPTON_INLINE Bytes everywhere(Bytes16 v) { return _mm256_broadcastsi128_si256(v); }
 LEPTON_INLINE Bytes load_halves(const uint8_t* p, int step) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p)), load16(p + step), 1);
 }
@@ -118,15 +114,11 @@ template <int bit>
 LEPTON_INLINE Bytes bit_to_top(Bytes a) {
   return _mm256_slli_epi16(a, 7 - bit);
 }
-LEPTON_INLINE Bytes choose(Bytes top, Bytes if_1, Bytes if_0) {
-  return _mm256_blendv_epi8(if_0, if_1, top);
-}
+LEPTON_INLINE Bytes choose(Bytes top, Bytes if_1, Bytes if_0) { return _mm256_blendv_epi8(if_0, if_1, top); }
 LEPTON_INLINE unsigned mask_of(Bytes v) { return static_cast<unsigned>(_mm256_movemask_epi8(v)); }
 LEPTON_INLINE bool any(Bytes v) { return mask_of(v) != 0; }
 LEPTON_INLINE Bytes multiply16(Bytes a, Bytes b) { return _mm256_mullo_epi16(a, b); }
-LEPTON_INLINE Bytes shift_right16(Bytes a, int bits) {
-  return _mm256_srl_epi16(a, _mm_cvtsi32_si128(bits));
-}
+LEPTON_INLINE Bytes shift_right16(Bytes a, int bits) { return _mm256_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
 LEPTON_INLINE Bytes narrow(Bytes a, Bytes b) { return _mm256_packus_epi16(a, b); }
 #else
 using Bytes = Bytes16;

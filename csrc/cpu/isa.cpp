@@ -21,6 +21,14 @@ constexpr const char* kNames[] = {"generic",     "ssse3", "avx2",    "avxvnni", 
                                   "avx512vbmi2", "amx",   "neondot", "neoni8mm"};
 
 #if defined(__x86_64__)
+// Both by their bits: clang 14's __builtin_cpu_supports does not know their names.
+bool has_f16c_and_lzcnt() {
+  constexpr unsigned kF16c = 1u << 29, kLzcnt = 1u << 5;  // CPUID 1, ECX; CPUID 0x80000001, ECX
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kF16c)) return false;
+  return __get_cpuid(0x80000001, &a, &b, &c, &d) && (c & kLzcnt);
+}
+
 bool has_avx_vnni() {
   constexpr unsigned kAvxVnni = 1u << 4;  // CPUID 7.1, EAX
   unsigned a, b, c, d;
@@ -53,8 +61,7 @@ bool has(Isa isa) {
     case Isa::ssse3:
       return LEPTON_HAS("ssse3") && LEPTON_HAS("sse4.2") && LEPTON_HAS("popcnt");
     case Isa::avx2:
-      return has(Isa::ssse3) && LEPTON_HAS("avx2") && LEPTON_HAS("fma") && LEPTON_HAS("bmi2") && LEPTON_HAS("f16c") &&
-             LEPTON_HAS("lzcnt");
+      return has(Isa::ssse3) && LEPTON_HAS("avx2") && LEPTON_HAS("fma") && LEPTON_HAS("bmi2") && has_f16c_and_lzcnt();
     case Isa::avxvnni:
       return has(Isa::avx2) && has_avx_vnni();
     case Isa::avx512vnni:

@@ -271,7 +271,7 @@ def check_range(function: str, frame: Frame, start: int, stop: int) -> None:
 
 
 def decode_range(function: str, frame: Frame, start: int, stop: int, out: np.ndarray, threads: int) -> None:
-    """Decodes bytes start..stop, checked before, to out, uint8 [stop - start]; only the chunks that hold them are read."""
+    """Decodes bytes start..stop, checked before, to out, uint8 [stop - start]; reads only the chunks that hold them."""
     if start == stop:
         return
     first, last = _chunks_of(frame, start, stop)

@@ -5,13 +5,14 @@ the bytes asked for are read and decoded.
 """
 
 import bisect
+import builtins
 import dataclasses
 import io
 import os
 import stat
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -154,7 +155,7 @@ class Writer(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _Place:
-    """A frame of the stream: its first byte's place in the text, its payloads' place in the file (-1: in frame.data)."""
+    """A frame: its first byte's place in the text, and its payloads' place in the file (-1: in frame.data)."""
 
     start: int
     frame: frame.Frame
@@ -169,7 +170,7 @@ class Reader(io.RawIOBase):
     """Reads a coded stream from a file object, from its current position to its end.
 
     Of a regular file only what is asked for is read, with `seek` and `tell` over the decoded bytes; a pipe is read from
-    end to end. `read` raises CorruptDataError when it meets damage, or the end of the file before the end of the stream;
+    end to end. `read` raises CorruptDataError when it meets damage, or the end of the file before that of the stream;
     what it returned before is right.
     """
 
@@ -241,7 +242,7 @@ class Reader(io.RawIOBase):
         return self._places[i] if i >= 0 and position < self._places[i].stop else None
 
     def _decode(self, place: _Place, begin: int, out: np.ndarray) -> None:
-        """The bytes of a frame from `begin` on: whole chunks at once and in parallel, parts from the last chunk seen."""
+        """The bytes of a frame from `begin` on: whole chunks at once, in parallel; parts from the last chunk seen."""
         size = place.frame.chunk_size
         while out.size:
             at, left = begin % size, place.frame.size - begin
@@ -285,7 +286,9 @@ class Reader(io.RawIOBase):
                 n = len(part)
                 data[got : got + n] = np.frombuffer(part, dtype=np.uint8)
             if n == 0:
-                raise CorruptDataError(f"codec.Reader.read: the stream ends after {self._text_end()} bytes, before its end")
+                raise CorruptDataError(
+                    f"codec.Reader.read: the stream ends after {self._text_end()} bytes, before its end"
+                )
             got += n
         return data
 
@@ -322,9 +325,7 @@ class Reader(io.RawIOBase):
         raise CorruptDataError(f"codec.Reader.read: bytes follow the end of the stream, which holds {self._size} bytes")
 
 
-def open(  # noqa: A001: as in gzip, bz2 and lzma
-    file: str | os.PathLike[str] | BinaryIO, mode: str = "rb", **options: Any
-) -> "Reader | Writer":
+def open(file: str | os.PathLike[str] | BinaryIO, mode: str = "rb", **options: Any) -> "Reader | Writer":
     """A coded stream for reading ("rb") or writing ("wb", "xb"): a path, or a file object, which stays open.
 
     Writing: codec "huffman" or "lzw"; layout as in codec.huffman.encode, where "auto" picks one for each frame by the
@@ -336,7 +337,7 @@ def open(  # noqa: A001: as in gzip, bz2 and lzma
     kind: type[Reader | Writer] = Reader if mode == "rb" else Writer
     if not isinstance(file, str | os.PathLike):
         return kind(file, **options)
-    opened = io.open(file, mode)
+    opened = cast(BinaryIO, builtins.open(file, mode))  # noqa: SIM115 (the stream closes it)
     try:
         return kind(opened, owns=True, **options)
     except BaseException:

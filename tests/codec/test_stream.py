@@ -100,7 +100,10 @@ def test_a_stream_may_begin_anywhere_in_a_file_and_ends_with_it(tmp_path):
         assert codec.Reader(file).read() == DATA[:1000]
     path.write_bytes(coded(DATA[:1000]) + b"x")
     for source in (path.open("rb"), Pipe(path.read_bytes())):
-        with source, pytest.raises(CorruptDataError, match="bytes follow the end of the stream, which holds 1000 bytes"):
+        with (
+            source,
+            pytest.raises(CorruptDataError, match="bytes follow the end of the stream, which holds 1000 bytes"),
+        ):
             codec.Reader(source).readall()
 
 
@@ -117,9 +120,15 @@ def test_every_cut_is_noticed(tmp_path):
 
 def test_an_exception_leaves_no_whole_stream():
     file = io.BytesIO()
-    with pytest.raises(KeyError), codec.Writer(file, frame_size=FRAME, chunk_size=8192) as writer:
-        writer.write(DATA[: 3 * FRAME])
-        raise KeyError
+    writer = codec.Writer(file, frame_size=FRAME, chunk_size=8192)
+
+    def fail():
+        with writer:
+            writer.write(DATA[: 3 * FRAME])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert writer.closed
     with pytest.raises(CorruptDataError):
         codec.Reader(Pipe(file.getvalue())).readall()
@@ -170,7 +179,9 @@ def test_pack_and_unpack_files(tmp_path):
     (tmp_path / "weights.bin").write_bytes(weights)
     done = lepton("pack", "weights.bin", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert b"ratio 0.6" in done.stderr and b"order-0 entropy 0.6" in done.stderr and done.stdout == b""
+    assert b"ratio 0.6" in done.stderr
+    assert b"order-0 entropy 0.6" in done.stderr
+    assert done.stdout == b""
     assert lepton("pack", "weights.bin", cwd=tmp_path).returncode == 2  # it is there already
     assert lepton("pack", "weights.bin", "--force", cwd=tmp_path).returncode == 0
     (tmp_path / "weights.bin").unlink()
@@ -182,20 +193,25 @@ def test_pack_and_unpack_files(tmp_path):
     blob[1000] ^= 4
     (tmp_path / "bad.lptn").write_bytes(blob)
     done = lepton("unpack", "bad.lptn", cwd=tmp_path)
-    assert done.returncode == 1 and b"checksum does not match" in done.stderr
+    assert done.returncode == 1
+    assert b"checksum does not match" in done.stderr
     assert not (tmp_path / "bad").exists()
     done = lepton("unpack", "weights.bin", cwd=tmp_path)
-    assert done.returncode == 2 and b"without the suffix .lptn; say where to write with -o" in done.stderr
+    assert done.returncode == 2
+    assert b"without the suffix .lptn; say where to write with -o" in done.stderr
 
 
 def test_pack_and_unpack_pipes():
     text = b"a text, of words and more words; " * 50_000
     packed = lepton("pack", "-", "--codec", "lzw", "--json", data=text)
     report = json.loads(packed.stderr)
-    assert packed.returncode == 0 and report["coded_bytes"] == len(packed.stdout) < len(text) / 20
+    assert packed.returncode == 0
+    assert report["coded_bytes"] == len(packed.stdout) < len(text) / 20
     done = lepton("unpack", "-", data=packed.stdout)
-    assert done.returncode == 0 and done.stdout == text
+    assert done.returncode == 0
+    assert done.stdout == text
     done = lepton("unpack", "-", data=packed.stdout[:-1])
-    assert done.returncode == 1 and b"before its end" in done.stderr
+    assert done.returncode == 1
+    assert b"before its end" in done.stderr
     noise = np.random.default_rng(0).normal(0, 20, 100_000).astype(np.int8).tobytes()
     assert b"huffman would be smaller" in lepton("pack", "-", "--codec", "lzw", data=noise).stderr

@@ -1,8 +1,8 @@
 """The frame decoded as a GPU would: a warp a chunk, 32 lanes in step, no lane waits for another's symbol.
 
-An emulation: every value is a vector of 32 lanes, and a step is an operation on such vectors. What it proves is that the
-format needs no serial scan: of a node's bits each lane reads its own, and its rank is a popcount (`__ballot_sync` and
-`__popc` on the device); of a group's numbers each lane reads its own, wherever it lies.
+An emulation: every value is a vector of 32 lanes, and a step is an operation on such vectors. What it proves is that
+the format needs no serial scan: of a node's bits each lane reads its own, and its rank is a popcount (`__ballot_sync`
+and `__popc` on the device); of a group's numbers each lane reads its own, wherever it lies.
 """
 
 import struct

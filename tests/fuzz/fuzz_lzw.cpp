@@ -1,4 +1,5 @@
-// fuzz_lzw.cpp - any bytes as an LZW chunk or stream. The first byte is the variant; for a chunk the next two are the size.
+// fuzz_lzw.cpp - any bytes as an LZW chunk or stream. The first byte is the variant; for a chunk the next two are the
+// size.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -10,7 +11,7 @@ using namespace lepton;
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   constexpr size_t kHead = 3, kMost = 1 << 16, kMostText = 1 << 20;
-  if (size < kHead || size - kHead > kMost) return -1;
+  if (size < kHead || size - kHead > kMost) return 0;
   static Guarded in(kMost), out(kMostText);
   const size_t payload = size - kHead, wanted = 1 + (data[1] | data[2] << 8);
   uint8_t* const from = in.ending(payload);

@@ -1,5 +1,5 @@
-// guarded.h - memory whose end is the end of a page that can be touched: what reads or writes one byte too many dies, in
-// vector code too, which the sanitizers do not see everywhere.
+// guarded.h - memory whose end is the end of a page that can be touched: what reads or writes one byte too many dies,
+// in vector code too, which the sanitizers do not see everywhere.
 #pragma once
 
 #include <stddef.h>
