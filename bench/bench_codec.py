@@ -89,7 +89,7 @@ def lzw_contenders(kind: str) -> dict[str, Codec]:
             functools.partial(lzw.encode, variant=variant),
             functools.partial(lzw.decode, variant=variant),
         )
-        for variant in ("tiff", "compress")
+        for variant in ("tiff", "gif", "compress")
     }
     chunks = (functools.partial(lzw.encode, threads=1), functools.partial(lzw.decode, out=out, threads=1))
     return {"lepton lzw": chunks, **variants, **rivals_codec.LZW}

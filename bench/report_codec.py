@@ -82,19 +82,14 @@ def targets(tables: dict[str, list[Run]]) -> list[Target]:
             generic = name.endswith("generic")
             peer, wanted = ("huff0 X1", 0.6) if generic else ("huff0 X2", 1.2)
             found.append(Target(f"{name}, x {peer}", _times(runs, dict.fromkeys(runs, wanted), peer)))
-    for direction, tiff in (("decode", 4.0), ("encode", 3.0)):
+    for direction, images in (("decode", 4.0), ("encode", 3.0)):
         runs = by_kind.get(f"lzw {direction}", {})
-        found.append(
-            Target(
-                f"LZW {direction}, TIFF, x libtiff", _times(runs, dict.fromkeys(runs, tiff), "libtiff", "lepton tiff")
-            )
-        )
-        found.append(
-            Target(
-                f"LZW {direction}, .Z, x ncompress",
-                _times(runs, dict.fromkeys(runs, 3.0), "ncompress", "lepton compress"),
-            )
-        )
+        for peer, ours, wanted in (
+            ("libtiff", "lepton tiff", images),
+            ("giflib", "lepton gif", images),
+            ("ncompress", "lepton compress", 3.0),
+        ):
+            found.append(Target(f"LZW {direction}, x {peer}", _times(runs, dict.fromkeys(runs, wanted), peer, ours)))
     return [target for target in found if target.cases]
 
 

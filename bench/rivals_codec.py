@@ -104,6 +104,19 @@ def libtiff() -> Codec:
     return encode, decode
 
 
+def giflib() -> Codec:
+    """giflib's LZW, through imagecodecs."""
+
+    def encode(raw: bytes) -> bytes:
+        return len(raw).to_bytes(8, "little") + imagecodecs.gif_encode(_image(raw)[0])
+
+    def decode(blob: bytes) -> bytes:
+        image = imagecodecs.gif_decode(blob[8:], asrgb=False)
+        return memoryview(image.reshape(-1))[: int.from_bytes(blob[:8], "little")]
+
+    return encode, decode
+
+
 def ncompress() -> Codec:
     """compress(1), a process for each call."""
     run = functools.partial(subprocess.run, capture_output=True)
@@ -133,6 +146,7 @@ HUFFMAN: dict[str, Codec] = {
 }
 LZW: dict[str, Codec] = {
     "libtiff": libtiff(),
+    "giflib": giflib(),
     "imagecodecs (TIFF)": (imagecodecs.lzw_encode, imagecodecs.lzw_decode),
     **({"ncompress": ncompress()} if shutil.which("compress") else {}),
 }

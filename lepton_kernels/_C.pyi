@@ -67,6 +67,7 @@ def encode_chunks(
     dst: int,
     slot: int,
     lengths: int,
+    sums: int,
     threads: int,
 ) -> None: ...
 def decode_chunks(
@@ -75,12 +76,14 @@ def decode_chunks(
     frame: int,
     offsets: int,
     lengths: int,
+    sums: int,
     chunks: int,
     chunk_size: int,
     dst: int,
     size: int,
     threads: int,
 ) -> tuple[int, str] | None: ...
+def xxh3(data: int, size: int) -> int: ...
 def count_symbols(layout: int, src: int, size: int, counts: int) -> None: ...
 def lzw_stream_bound(variant: int, size: int) -> int: ...
 def lzw_stream_encode(variant: int, src: int, size: int, dst: int) -> int: ...

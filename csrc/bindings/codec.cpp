@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "codec/checksum.h"
 #include "codec/huffman.h"
 #include "codec/lzw.h"
 #include "cpu/pages.h"
@@ -46,9 +47,9 @@ std::pair<py::bytes, uintptr_t> new_bytes(int64_t size) {
   return {py::reinterpret_steal<py::bytes>(object), reinterpret_cast<uintptr_t>(memory)};
 }
 
-// Encodes src[size] in chunks; chunk i goes to dst + i * slot, its length to lengths[i].
+// Encodes src[size] in chunks; chunk i goes to dst + i * slot, its length to lengths[i], its XXH3 to sums[i].
 void encode_chunks(int codec, int layout, uintptr_t src, int64_t size, int64_t chunk_size, uintptr_t dst, int64_t slot,
-                   uintptr_t lengths, int threads) {
+                   uintptr_t lengths, uintptr_t sums, int threads) {
   check_codec(codec, layout);
   check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && slot >= huffman_bound(chunk_size), "codec: chunk_size");
   py::gil_scoped_release release;
@@ -57,17 +58,19 @@ void encode_chunks(int codec, int layout, uintptr_t src, int64_t size, int64_t c
     const uint8_t* const from = at<const uint8_t>(src) + i * chunk_size;
     uint8_t* const to = at<uint8_t>(dst) + i * slot;
     const int64_t n = std::min(chunk_size, size - i * chunk_size);
-    at<int64_t>(lengths)[i] = static_cast<Codec>(codec) == Codec::huffman
-                                  ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
-                                  : lzw_encode_chunk(from, n, to);
+    const int64_t length = static_cast<Codec>(codec) == Codec::huffman
+                               ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
+                               : lzw_encode_chunk(from, n, to);
+    at<int64_t>(lengths)[i] = length;
+    at<uint64_t>(sums)[i] = select_xxh3(isa_in_use())(to, length);
   });
 }
 
-// Decodes `chunks` chunks, chunk i from frame + offsets[i], lengths[i] bytes of it, to dst + i * chunk_size; size bytes
-// in all. Returns the first bad chunk and what is wrong with it, or None.
+// Checks and decodes `chunks` chunks, chunk i from frame + offsets[i], lengths[i] bytes whose XXH3 is sums[i], to
+// dst + i * chunk_size; size bytes in all. Returns the first bad chunk and what is wrong with it, or None.
 std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, uintptr_t frame, uintptr_t offsets,
-                                                         uintptr_t lengths, int chunks, int64_t chunk_size,
-                                                         uintptr_t dst, int64_t size, int threads) {
+                                                         uintptr_t lengths, uintptr_t sums, int chunks,
+                                                         int64_t chunk_size, uintptr_t dst, int64_t size, int threads) {
   check_codec(codec, layout);
   check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && chunks == (size + chunk_size - 1) / chunk_size,
         "codec: chunks");
@@ -78,6 +81,8 @@ std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, 
       const uint8_t* const payload = at<const uint8_t>(frame) + at<const int64_t>(offsets)[i];
       const int64_t length = at<const int64_t>(lengths)[i], n = std::min(chunk_size, size - i * chunk_size);
       uint8_t* const to = at<uint8_t>(dst) + i * chunk_size;
+      status[i] = Status::bad_sum;
+      if (select_xxh3(isa_in_use())(payload, length) != at<const uint64_t>(sums)[i]) return;
       status[i] = static_cast<Codec>(codec) == Codec::huffman
                       ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n)
                       : lzw_decode_chunk(payload, length, to, n);
@@ -147,6 +152,8 @@ std::pair<py::bytes, std::optional<std::string>> lzw_stream_decode(int variant, 
 void bind_codec(py::module_& module) {
   module.attr("MAX_CHUNK_BYTES") = kMaxChunkBytes;
   module.def("encode_chunks", &encode_chunks);
+  module.def("xxh3",
+             [](uintptr_t data, int64_t size) { return select_xxh3(isa_in_use())(at<const uint8_t>(data), size); });
   module.def("new_bytes", &new_bytes);
   module.def("decode_chunks", &decode_chunks);
   module.def("count_symbols", &count_symbols);

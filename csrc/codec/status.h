@@ -13,6 +13,7 @@ enum class Status : int {
   bad_code,     // an LZW code that stands for nothing yet
   too_long,     // more output than announced
   bad_header,   // not this kind of stream
+  bad_sum,      // the checksum is another
 };
 
 inline const char* status_text(Status status) {
@@ -35,6 +36,8 @@ inline const char* status_text(Status status) {
       return "more output than announced";
     case Status::bad_header:
       return "not a stream of this kind";
+    case Status::bad_sum:
+      return "its checksum does not match";
   }
   return "unknown status";
 }

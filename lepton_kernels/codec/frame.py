@@ -135,13 +135,13 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
     slot = min(chunk_size, source.size) + 1
     payloads = np.empty((chunks, slot), dtype=np.uint8)
     lengths = np.zeros(chunks, dtype=np.int64)
+    checksums = np.zeros(chunks, dtype="<u8")
     if chunks:
         C.encode_chunks(
             CODECS[codec], layout_id, source.ctypes.data, source.size, min(chunk_size, source.size),
-            payloads.ctypes.data, slot, lengths.ctypes.data, thread_count(function, threads),
+            payloads.ctypes.data, slot, lengths.ctypes.data, checksums.ctypes.data, thread_count(function, threads),
         )  # fmt: skip
     parts = [payloads[i, :length] for i, length in enumerate(lengths)]
-    checksums = np.array([xxhash.xxh3_64_intdigest(part.data) for part in parts], dtype="<u8")
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
     fields = (MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
     check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:_CHECKED_HEADER_BYTES] + tables)
@@ -252,36 +252,23 @@ def decode(codec: str, blob: Any, start: int, stop: int | None, out: Any, thread
     if stop - start > max_size:
         raise CorruptDataError(f"{function}: blob says that it holds {stop - start} bytes; max_size is {max_size}")
     result, memory = _output(function, out, stop - start)
-    check_range(function, frame, start, stop)
     decode_range(function, frame, start, stop, memory, thread_count(function, threads))
     return result
 
 
-def _chunks_of(frame: Frame, start: int, stop: int) -> tuple[int, int]:
-    return start // frame.chunk_size, -(-stop // frame.chunk_size)
-
-
-def check_range(function: str, frame: Frame, start: int, stop: int) -> None:
-    """Checks the chunks that hold bytes start..stop against their checksums; raises CorruptDataError."""
-    first, last = _chunks_of(frame, start, stop) if start < stop else (0, 0)
-    for i in range(first, last):
-        payload = frame.data[frame.offsets[i] : frame.offsets[i] + frame.lengths[i]]
-        if xxhash.xxh3_64_intdigest(payload.data) != frame.checksums[i]:
-            raise CorruptDataError(f"{function}: chunk {i}'s checksum does not match")
-
-
 def decode_range(function: str, frame: Frame, start: int, stop: int, out: np.ndarray, threads: int) -> None:
-    """Decodes bytes start..stop, checked before, to out, uint8 [stop - start]; reads only the chunks that hold them."""
+    """Decodes bytes start..stop of a frame to out, uint8 [stop - start]; reads and checks the chunks that hold them."""
     if start == stop:
         return
-    first, last = _chunks_of(frame, start, stop)
+    first, last = start // frame.chunk_size, -(-stop // frame.chunk_size)
     begin, end = first * frame.chunk_size, min(last * frame.chunk_size, frame.size)
     whole = begin == start and end == stop
     target = out if whole else np.empty(end - begin, dtype=np.uint8)
     lengths, offsets = frame.lengths[first:last].copy(), frame.offsets[first:last].copy()
+    sums = frame.checksums[first:last].copy()
     bad = C.decode_chunks(
-        frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, last - first,
-        frame.chunk_size, target.ctypes.data, target.size, threads,
+        frame.codec, frame.layout, frame.data.ctypes.data, offsets.ctypes.data, lengths.ctypes.data, sums.ctypes.data,
+        last - first, frame.chunk_size, target.ctypes.data, target.size, threads,
     )  # fmt: skip
     if bad is not None:
         raise CorruptDataError(f"{function}: chunk {first + bad[0]}: {bad[1]}")

@@ -270,7 +270,6 @@ class Reader(io.RawIOBase):
             size = int(coded.offsets[chunks.stop - 1] + coded.lengths[chunks.stop - 1]) - first
             data = self._read(size, place.payloads_at + first)
             coded = dataclasses.replace(coded, data=data, offsets=coded.offsets - first)
-        frame.check_range("codec.Reader.read", coded, start, stop)
         frame.decode_range("codec.Reader.read", coded, start, stop, out, self._threads)
 
     def _read(self, size: int, at: int) -> np.ndarray:

@@ -128,9 +128,14 @@ def inspect(file: File, as_json: Json = False) -> None:
             entropy = codecs.entropy(opened.read(entry.name), layout)
             rows.append({**dataclasses.asdict(entry), "size": entry.size, "stored_size": entry.stored_size,
                          "ratio": entry.ratio, "entropy_bits_per_byte": entropy})  # fmt: skip
+        beaten = [
+            row["name"] for row in rows if row["codec"] == "lzw" and row["entropy_bits_per_byte"] / 8 < row["ratio"]
+        ]
     size, stored = sum(row["size"] for row in rows), sum(row["stored_size"] for row in rows)
     if as_json:
-        _print_json({"file": str(file), "file_bytes": file.stat().st_size, "tensors": rows})
+        _print_json(
+            {"file": str(file), "file_bytes": file.stat().st_size, "tensors": rows, "smaller_with_huffman": beaten}
+        )
         return
     table = Table(title=str(file))
     for name, right in [("tensor", False), ("dtype", False), ("shape", True), ("codec", False), ("bytes", True),
@@ -144,6 +149,8 @@ def inspect(file: File, as_json: Json = False) -> None:
     table.add_section()
     table.add_row("total", "", "", "", f"{size:,}", f"{stored:,}", f"{stored / max(size, 1):.3f}", "")
     console.print(table)
+    if beaten:
+        console.print(f"{len(beaten)} tensors would be smaller with huffman than with lzw: {', '.join(beaten[:5])}")
 
 
 @app.command()

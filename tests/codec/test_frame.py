@@ -262,3 +262,17 @@ def test_files_of_past_versions_still_open(path):
     coder = huffman if codec.info(blob).codec == "huffman" else lzw
     assert coder.decode(blob) == data
     assert decoder.decode(blob) == data
+
+
+def test_our_xxh3_is_that_of_the_package(run_python):
+    program = """
+import numpy as np, xxhash
+from lepton_kernels._runtime import C
+data = np.random.default_rng(0).integers(0, 256, 70_000, dtype=np.uint8)
+for size in [*range(2200), 4096, 16384 + 17, 70_000]:
+    part = data[7 : 7 + size] if size < 70_000 else data
+    assert C.xxh3(part.ctypes.data, part.size) == xxhash.xxh3_64_intdigest(part.data), size
+print("same")
+"""
+    for isa in ISAS:
+        assert run_python(program, LEPTON_MAX_ISA=isa) == "same\n"

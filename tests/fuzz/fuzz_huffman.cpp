@@ -15,6 +15,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const size_t payload = size - kHead, decoded = static_cast<size_t>(elements * element_bytes(layout));
   uint8_t* const from = in.ending(payload);
   if (payload > 0) std::memcpy(from, data + kHead, payload);
-  huffman_decode_chunk(from, static_cast<int64_t>(payload), layout, out.ending(decoded), static_cast<int64_t>(decoded));
+  uint8_t* const to = out.ending(decoded);
+  with_buffers(size, [&] {
+    huffman_decode_chunk(from, static_cast<int64_t>(payload), layout, to, static_cast<int64_t>(decoded));
+  });
   return 0;
 }

@@ -34,7 +34,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto n = static_cast<int64_t>(text.size()) / element_bytes(layout) * element_bytes(layout);
     if (n == 0) continue;
     std::vector<uint8_t> coded(static_cast<size_t>(huffman_bound(n)));
-    coded.resize(static_cast<size_t>(huffman_encode_chunk(text.data(), n, layout, coded.data())));
+    with_buffers(
+        size, [&] { coded.resize(static_cast<size_t>(huffman_encode_chunk(text.data(), n, layout, coded.data()))); });
     uint8_t* const from = in.ending(coded.size());
     std::memcpy(from, coded.data(), coded.size());
     uint8_t* const to = out.ending(static_cast<size_t>(n));
