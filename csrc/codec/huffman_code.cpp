@@ -11,6 +11,10 @@ namespace {
 
 // What a level of the tree costs besides its bit, in 256ths of one: a merge more for every symbol below it.
 constexpr uint64_t kMergePrice = 4;
+// The cut into leaves reckons with depths that are fractions. Of few symbols, cuts for other prices may make a tree
+// that costs less.
+constexpr int kFewSymbols = 64;
+constexpr uint64_t kOtherPrices[] = {0, 16};
 
 // The plain bits that tell `symbols` symbols apart.
 constexpr int bits_for(int symbols) {
@@ -76,54 +80,47 @@ void derive_shape(HuffmanCode* code) {
   }
 }
 
-// A leaf on its way into the tree: `size` symbols of a list from `begin` on, in rising order.
-struct Leaf {
-  uint64_t count;
-  int begin, size, depth, first_symbol;
-};
-
-// Sorts by_count[n], the symbols from the most frequent one down, and cuts them into leaves.
-int cut_into_leaves(const Counts& counts, uint8_t* by_count, int n, Leaf* leaves) {
-  std::array<uint64_t, kMaxLeaves> order;  // falling counts; of equals the lower symbol first
-  for (int i = 0; i < n; ++i) order[i] = static_cast<uint64_t>(counts.of[by_count[i]]) << 8 | (255u - by_count[i]);
-  std::sort(order.begin(), order.begin() + n, std::greater<>());
+// The symbols from the most frequent one down, and how often those before the i-th occur.
+struct ByCount {
+  int n = 0;
+  std::array<uint8_t, kMaxLeaves> symbols;
   std::array<uint64_t, kMaxLeaves + 1> sum;
-  sum[0] = 0;
-  for (int i = 0; i < n; ++i) {
-    by_count[i] = static_cast<uint8_t>(255 - (order[i] & 0xff));
-    sum[i + 1] = sum[i] + (order[i] >> 8);
-  }
-  const uint32_t log_total = log2_of(static_cast<uint32_t>(sum[n]));
-  std::array<uint64_t, kMaxLeaves + 1> cost;  // of the symbols from i on, in 2^16ths of a bit
-  std::array<int, kMaxLeaves> size;
-  cost[n] = 0;
-  for (int i = n - 1; i >= 0; --i) {
-    cost[i] = ~uint64_t{0};
-    for (int bits = 0; bits <= 8 && (bits == 0 || 1 << (bits - 1) < n - i); ++bits) {
-      const int most = std::min(1 << bits, n - i);
-      const uint64_t count = sum[i + most] - sum[i];
-      const uint64_t depth = (log_total - log2_of(static_cast<uint32_t>(count))) * (256 + kMergePrice) >> 8;
-      const uint64_t total = count * (depth + (static_cast<uint64_t>(bits) << 16)) + cost[i + most];
-      if (total < cost[i]) cost[i] = total, size[i] = most;
+
+  explicit ByCount(const Counts& counts) {
+    std::array<uint64_t, kMaxLeaves> order;  // falling counts; of equals the lower symbol first
+    for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
+      if (counts.of[symbol] > 0) order[n++] = static_cast<uint64_t>(counts.of[symbol]) << 8 | (255u - symbol);
+    std::sort(order.begin(), order.begin() + n, std::greater<>());
+    sum[0] = 0;
+    for (int i = 0; i < n; ++i) {
+      symbols[i] = static_cast<uint8_t>(255 - (order[i] & 0xff));
+      sum[i + 1] = sum[i] + (order[i] >> 8);
     }
   }
-  int n_leaves = 0;
-  for (int i = 0; i < n; i += size[i]) {
-    std::sort(by_count + i, by_count + i + size[i]);
-    leaves[n_leaves++] = {sum[i + size[i]] - sum[i], i, size[i], 0, by_count[i]};
-  }
-  return n_leaves;
-}
+};
 
-// The depths of a Huffman tree over leaves in rising order of their counts.
-void assign_depths(Leaf* const* leaves, int n) {
+// A leaf on its way into the tree: `size` symbols of ByCount from `begin` on.
+struct Leaf {
+  uint64_t count;
+  int begin, size, depth;
+};
+
+struct Tree {
+  std::array<Leaf, kMaxLeaves> leaves;  // in rising order of their counts
+  int n = 0;
+  uint64_t cost = 0;  // in 256ths of a bit, and of a merge at its price
+};
+
+// The depths of a Huffman tree.
+void assign_depths(Tree* tree) {
   // Two queues: leaves sorted by count, and inner nodes, which come out sorted by themselves.
   struct Node {
     uint64_t count;
     int parent, depth;
   };
+  const int n = tree->n;
   std::array<Node, 2 * kMaxLeaves> nodes;
-  for (int i = 0; i < n; ++i) nodes[i] = {leaves[i]->count, 0, 0};
+  for (int i = 0; i < n; ++i) nodes[i] = {tree->leaves[i].count, 0, 0};
   int leaf = 0, inner = n;
   for (int next = n; next < 2 * n - 1; ++next) {
     const auto take = [&] {
@@ -134,7 +131,38 @@ void assign_depths(Leaf* const* leaves, int n) {
     nodes[a].parent = nodes[b].parent = next;
   }
   for (int i = 2 * n - 3; i >= 0; --i) nodes[i].depth = nodes[nodes[i].parent].depth + 1;
-  for (int i = 0; i < n; ++i) leaves[i]->depth = nodes[i].depth;
+  for (int i = 0; i < n; ++i) tree->leaves[i].depth = nodes[i].depth;
+}
+
+// Cuts the symbols into the leaves that would take the fewest bits if depths could be fractions, a level at this price,
+// and makes a tree of them.
+Tree cut(const ByCount& by_count, uint64_t merge_price) {
+  const int n = by_count.n;
+  const auto& sum = by_count.sum;
+  const uint32_t log_total = log2_of(static_cast<uint32_t>(sum[n]));
+  std::array<uint64_t, kMaxLeaves + 1> cost;  // of the symbols from i on, in 2^16ths of a bit
+  std::array<int, kMaxLeaves> size;
+  cost[n] = 0;
+  for (int i = n - 1; i >= 0; --i) {
+    cost[i] = ~uint64_t{0};
+    for (int bits = 0; bits <= 8 && (bits == 0 || 1 << (bits - 1) < n - i); ++bits) {
+      const int most = std::min(1 << bits, n - i);
+      const uint64_t count = sum[i + most] - sum[i];
+      const uint64_t depth = (log_total - log2_of(static_cast<uint32_t>(count))) * (256 + merge_price) >> 8;
+      const uint64_t total = count * (depth + (static_cast<uint64_t>(bits) << 16)) + cost[i + most];
+      if (total < cost[i]) cost[i] = total, size[i] = most;
+    }
+  }
+  Tree tree;
+  for (int i = 0; i < n; i += size[i]) tree.leaves[tree.n++] = {sum[i + size[i]] - sum[i], i, size[i], 0};
+  std::sort(tree.leaves.begin(), tree.leaves.begin() + tree.n,
+            [](const Leaf& a, const Leaf& b) { return a.count != b.count ? a.count < b.count : a.begin < b.begin; });
+  assign_depths(&tree);
+  for (int i = 0; i < tree.n; ++i) {
+    const Leaf& leaf = tree.leaves[i];
+    tree.cost += leaf.count * (static_cast<uint64_t>(leaf.depth) * (256 + kMergePrice) + 256 * bits_for(leaf.size));
+  }
+  return tree;
 }
 
 // The table's numbers from 1 on are Elias gamma codes: as many 0 bits as follow the leading 1, the 1, and those bits.
@@ -297,29 +325,30 @@ double entropy_bits(const Counts& counts) {
 }
 
 void build_code(const Counts& counts, HuffmanCode* code) {
-  std::array<uint8_t, kMaxLeaves> symbols;
-  int n = 0;
-  for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
-    if (counts.of[symbol] > 0) symbols[n++] = static_cast<uint8_t>(symbol);
-  std::array<Leaf, kMaxLeaves> leaves;
-  const int leaf_count = cut_into_leaves(counts, symbols.data(), n, leaves.data());
-  std::array<Leaf*, kMaxLeaves> order;
-  for (int i = 0; i < leaf_count; ++i) order[i] = &leaves[i];
-  std::sort(order.begin(), order.begin() + leaf_count, [](const Leaf* a, const Leaf* b) {
-    return a->count != b->count ? a->count < b->count : a->first_symbol < b->first_symbol;
-  });
-  assign_depths(order.data(), leaf_count);
-  std::sort(order.begin(), order.begin() + leaf_count, [](const Leaf* a, const Leaf* b) {
-    if (a->depth != b->depth) return a->depth < b->depth;
-    if ((a->size == 1) != (b->size == 1)) return a->size == 1;
-    return a->first_symbol < b->first_symbol;
+  ByCount by_count(counts);
+  Tree tree = cut(by_count, kMergePrice);
+  if (by_count.n <= kFewSymbols) {
+    for (const uint64_t price : kOtherPrices) {
+      const Tree other = cut(by_count, price);
+      if (other.cost < tree.cost) tree = other;
+    }
+  }
+  auto& symbols = by_count.symbols;
+  for (int i = 0; i < tree.n; ++i) {
+    const Leaf& leaf = tree.leaves[i];
+    std::sort(symbols.begin() + leaf.begin, symbols.begin() + leaf.begin + leaf.size);
+  }
+  std::sort(tree.leaves.begin(), tree.leaves.begin() + tree.n, [&](const Leaf& a, const Leaf& b) {
+    if (a.depth != b.depth) return a.depth < b.depth;
+    if ((a.size == 1) != (b.size == 1)) return a.size == 1;
+    return symbols[a.begin] < symbols[b.begin];
   });
 
   std::memset(code, 0, sizeof *code);
-  code->leaf_count = leaf_count;
+  code->leaf_count = tree.n;
   int rank = 0;
-  for (int i = 0; i < leaf_count; ++i) {
-    const Leaf& leaf = *order[i];
+  for (int i = 0; i < tree.n; ++i) {
+    const Leaf& leaf = tree.leaves[i];
     code->leaf_begin[i] = static_cast<uint16_t>(rank);
     std::copy_n(symbols.begin() + leaf.begin, leaf.size, code->symbols + rank);
     rank += leaf.size;
@@ -327,7 +356,7 @@ void build_code(const Counts& counts, HuffmanCode* code) {
     code->singles[leaf.depth] += leaf.size == 1;
     code->max_depth = leaf.depth;
   }
-  code->leaf_begin[leaf_count] = static_cast<uint16_t>(rank);
+  code->leaf_begin[tree.n] = static_cast<uint16_t>(rank);
   derive_shape(code);
 }
 
