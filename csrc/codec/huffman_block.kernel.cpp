@@ -12,9 +12,18 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Fetches `bytes` bytes to the second-level cache; they need not be there.
-LEPTON_INLINE void fetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+// Fetches the bytes that are `ahead` of p[bytes] to the second-level cache; there need not be any.
+LEPTON_INLINE void fetch(const uint8_t* p, int64_t ahead, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)), 0, 2);
+}
+
+// Child p of the inner nodes of `depth`, counted from the left: one of the leaves below, or else of the inner nodes.
+template <typename T>
+LEPTON_INLINE T& child_of(const HuffmanCode& code, int depth, T* leaf, T* node, int p) {
+  const int leaves = code.leaves[depth + 1];
+  return p < leaves ? leaf[code.first_leaf[depth + 1] + p] : node[code.first_node[depth + 1] + p - leaves];
 }
 
 // Takes n bits off *bits. False where there are not as many, or the padding is not 0.
@@ -50,9 +59,7 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
     }
     if (depth == code.max_depth) break;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1];
-    NodeBits* const leaf_below = leaf + code.first_leaf[depth + 1];
-    NodeBits* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    const auto child = [&](int p) LEPTON_LAMBDA_INLINE -> NodeBits& { return child_of(code, depth, leaf, node, p); };
     for (int j = 0; j < count; ++j) {
       NodeBits& self = node[first + j];
       self.bits = bits;
@@ -72,8 +79,8 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
         return bad(self.n);
       }
       const int ones = count_ones(self.bits, self.n), p = 2 * j;
-      (p < leaves_below ? leaf_below : node_below)[p].n = self.n - ones;
-      (p + 1 < leaves_below ? leaf_below : node_below)[p + 1].n = ones;
+      child(p).n = self.n - ones;
+      child(p + 1).n = ones;
     }
   }
 
@@ -81,27 +88,26 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
     uint8_t* out = depth == 0 ? args.out : args.level[depth & 1];
     const int first_leaf = code.first_leaf[depth];
     for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n) {
-      fetch(leaf[i].bits + args.ahead, plain_bytes(leaf[i].n, code.leaf_bits[i]));
+      fetch(leaf[i].bits, args.ahead, plain_bytes(leaf[i].n, code.leaf_bits[i]));
       unpack(out, leaf[i].n, leaf[i].bits, code.leaf_bits[i], code.symbols + code.leaf_begin[i]);
     }
     if (depth == code.max_depth) continue;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
-    const NodeBits* const leaf_below = leaf + code.first_leaf[depth + 1];
-    const NodeBits* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    const int singles_below = code.singles[depth + 1];
+    const auto child = [&](int p) LEPTON_LAMBDA_INLINE -> NodeBits& { return child_of(code, depth, leaf, node, p); };
     const uint8_t* const single = code.symbols + code.leaf_begin[code.first_leaf[depth + 1]];
     const uint8_t* in = args.level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
       const NodeBits& self = node[first + j];
       const int p = 2 * j;
-      fetch(self.bits + args.ahead, self.n / 8);
+      fetch(self.bits, args.ahead, self.n / 8);
       if (p + 1 < singles_below) {
         blend(out, self.n, self.bits, single[p], single[p + 1]);
       } else if (p < singles_below) {
         merge_leaf(out, self.n, self.bits, single[p], in);
-        in += (p + 1 < leaves_below ? leaf_below : node_below)[p + 1].n;
+        in += child(p + 1).n;
       } else {
-        merge_nodes(out, self.n, self.bits, in, in + (p < leaves_below ? leaf_below : node_below)[p].n);
+        merge_nodes(out, self.n, self.bits, in, in + child(p).n);
         in += self.n;
       }
       out += self.n;
@@ -139,16 +145,14 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
     }
     if (depth == code.max_depth) break;
     const int first = code.first_node[depth], count = code.first_node[depth + 1] - first;
-    const int leaves_below = code.leaves[depth + 1], singles_below = code.singles[depth + 1];
-    Ranks* const leaf_below = leaf + code.first_leaf[depth + 1];
-    Ranks* const node_below = node + code.first_node[depth + 1] - leaves_below;
+    const int singles_below = code.singles[depth + 1];
     uint8_t* out = level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
       const auto [in, n] = node[first + j];
       const auto threshold = static_cast<uint8_t>(code.middle[first + j]);
       const int p = 2 * j;
-      Ranks& left = (p < leaves_below ? leaf_below : node_below)[p];
-      Ranks& right = (p + 1 < leaves_below ? leaf_below : node_below)[p + 1];
+      Ranks& left = child_of(code, depth, leaf, node, p);
+      Ranks& right = child_of(code, depth, leaf, node, p + 1);
       uint8_t* const to = place_for(first + j, bits);
       if (p + 1 < singles_below) {
         partition<false, false>(in, n, threshold, to, nullptr, nullptr);

@@ -19,6 +19,7 @@ struct Dialect {
   int clear = -1, end = -1;  // codes, or -1
   int first_free = 256;      // the first code of the dictionary
   int early = 0;             // 1: the width grows one code early
+  int min_bits = 0;          // of the first codes, where that is more than they need
   int max_bits = kLeptonBits;
   int limit = 0;  // the encoder clears, or stops growing, before it makes this entry
   bool high_first = false;
@@ -41,7 +42,7 @@ Dialect dialect_of(LzwVariant variant, int bits = 0) {
 }
 
 int width_of(const Dialect& d, int64_t k) {
-  return std::min<int>(d.max_bits, std::bit_width(static_cast<uint64_t>(d.first_free - 1 + k + d.early)));
+  return std::clamp<int>(std::bit_width(static_cast<uint64_t>(d.first_free - 1 + k + d.early)), d.min_bits, d.max_bits);
 }
 
 // How many codes from code k on are as wide as it.
@@ -468,6 +469,7 @@ Status unwrap(const uint8_t* in, int64_t size, LzwVariant variant, std::vector<u
     if (!(in[2] & kCompressBlockMode)) {
       d->clear = 1 << 20;  // no code is the clear code
       d->first_free = 256;
+      d->min_bits = 9;
     }
     *codes = in + 3;
     *codes_size = size - 3;

@@ -25,6 +25,7 @@ MAX_FRAME_SIZE = 1 << 30  # what a reader believes a frame to hold
 
 # "auto" compares the layouts by this many pieces of so many bytes.
 _SAMPLES, _SAMPLE_BYTES = 16, 8192
+_NO_DIFFERENCE = 0.003  # of the size: what samples of equal entropy may differ by
 
 
 def _entropy_bytes(data: np.ndarray, layout: int) -> float:
@@ -44,8 +45,8 @@ def best_layout(data: np.ndarray) -> tuple[str, float]:
     """The layout whose planes have the lowest order-0 entropy in a sample of data, uint8 [size], and that entropy as a
     part of the size."""
     names = ("bytes", "bf16", "fp32") if data.size % 4 == 0 else ("bytes",)  # fp16 is split as bf16 is
-    entropies = {name: round(_entropy_bytes(data, frame.LAYOUTS.index(name)), 3) for name in names}
-    best = min(names, key=lambda name: entropies[name])  # the first of equals
+    entropies = {name: _entropy_bytes(data, frame.LAYOUTS.index(name)) for name in names}
+    best = min(names, key=lambda name: entropies[name] + _NO_DIFFERENCE * names.index(name))
     return best, entropies[best]
 
 

@@ -124,3 +124,11 @@ def test_what_is_no_stream_is_an_error():
         lzw.decode(lzw.encode(bytes(5000), variant="tiff"), variant="tiff", max_size=4999)
     with pytest.raises(ValueError, match="allowed for variant 'lepton', not 'gif'"):
         lzw.decode(b"", variant="gif", start=1)
+
+
+def test_files_of_compress_without_block_mode_are_read():
+    """No clear code, 256 is a string; the first code has 9 bits all the same."""
+    assert lzw.decode(bytes.fromhex("1f9d106100061403"), variant="compress") == b"aaaaaab"
+    if shutil.which("gzip"):
+        blob = bytes.fromhex("1f9d106100061403")
+        assert subprocess.run(["gzip", "-dc"], input=blob, capture_output=True, check=True).stdout == b"aaaaaab"
