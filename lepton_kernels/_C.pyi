@@ -64,12 +64,11 @@ def encode_chunks(
     src: int,
     size: int,
     chunk_size: int,
-    dst: int,
-    slot: int,
+    head: int,
     lengths: int,
     sums: int,
     threads: int,
-) -> None: ...
+) -> tuple[bytes, int]: ...
 def decode_chunks(
     codec: int,
     layout: int,

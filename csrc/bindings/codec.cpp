@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
@@ -47,23 +48,47 @@ std::pair<py::bytes, uintptr_t> new_bytes(int64_t size) {
   return {py::reinterpret_steal<py::bytes>(object), reinterpret_cast<uintptr_t>(memory)};
 }
 
-// Encodes src[size] in chunks; chunk i goes to dst + i * slot, its length to lengths[i], its XXH3 to sums[i].
-void encode_chunks(int codec, int layout, uintptr_t src, int64_t size, int64_t chunk_size, uintptr_t dst, int64_t slot,
-                   uintptr_t lengths, uintptr_t sums, int threads) {
+// Encodes src[size] in chunks into new bytes, one payload after the other behind `head` bytes that the caller fills in
+// before anybody else sees them, at the address returned. lengths[i] and sums[i] receive a payload's length and XXH3.
+std::pair<py::bytes, uintptr_t> encode_chunks(int codec, int layout, uintptr_t src, int64_t size, int64_t chunk_size,
+                                              int64_t head, uintptr_t lengths, uintptr_t sums, int threads) {
   check_codec(codec, layout);
-  check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && slot >= huffman_bound(chunk_size), "codec: chunk_size");
-  py::gil_scoped_release release;
-  const auto chunks = static_cast<int>((size + chunk_size - 1) / chunk_size);
-  parallel_for(chunks, threads, [&](int i) {
-    const uint8_t* const from = at<const uint8_t>(src) + i * chunk_size;
-    uint8_t* const to = at<uint8_t>(dst) + i * slot;
-    const int64_t n = std::min(chunk_size, size - i * chunk_size);
-    const int64_t length = static_cast<Codec>(codec) == Codec::huffman
-                               ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
-                               : lzw_encode_chunk(from, n, to);
-    at<int64_t>(lengths)[i] = length;
-    at<uint64_t>(sums)[i] = select_xxh3(isa_in_use())(to, length);
-  });
+  check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && head >= 0, "codec: chunk_size or head");
+  const int64_t chunks = (size + chunk_size - 1) / chunk_size, bound = head + size + chunks;
+  auto [object, address] = new_bytes(bound);
+  uint8_t* out = at<uint8_t>(address) + head;
+  {
+    py::gil_scoped_release release;
+    Xxh3Fn* const xxh3 = select_xxh3(isa_in_use());
+    const auto encode = [&](int64_t i, uint8_t* to) {
+      const uint8_t* const from = at<const uint8_t>(src) + i * chunk_size;
+      const int64_t n = std::min(chunk_size, size - i * chunk_size);
+      const int64_t length = static_cast<Codec>(codec) == Codec::huffman
+                                 ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
+                                 : lzw_encode_chunk(from, n, to);
+      at<int64_t>(lengths)[i] = length;
+      at<uint64_t>(sums)[i] = xxh3(to, length);
+    };
+    // A payload's place depends on the lengths before it: threads write to memory of their own, which is then moved.
+    const int64_t wave = threads == 1 ? 1 : std::min<int64_t>(4 * threads, chunks), slot = huffman_bound(chunk_size);
+    std::vector<uint8_t> slots(static_cast<size_t>(wave == 1 ? 0 : wave * slot));
+    for (int64_t first = 0; first < chunks; first += wave) {
+      const int64_t count = std::min(wave, chunks - first);
+      if (wave == 1) {
+        encode(first, out);
+      } else {
+        parallel_for(static_cast<int>(count), threads, [&](int i) { encode(first + i, slots.data() + i * slot); });
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t length = at<const int64_t>(lengths)[first + i];
+        if (wave > 1) std::memcpy(out, slots.data() + i * slot, static_cast<size_t>(length));
+        out += length;
+      }
+    }
+  }
+  PyObject* bytes = object.release().ptr();
+  if (_PyBytes_Resize(&bytes, out - at<uint8_t>(address)) != 0) throw py::error_already_set();
+  return {py::reinterpret_steal<py::bytes>(bytes), reinterpret_cast<uintptr_t>(PyBytes_AS_STRING(bytes))};
 }
 
 // Checks and decodes `chunks` chunks, chunk i from frame + offsets[i], lengths[i] bytes whose XXH3 is sums[i], to

@@ -132,26 +132,17 @@ def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: 
             f"allowed: a multiple of {MIN_CHUNK_SIZE} from {MIN_CHUNK_SIZE} to {C.MAX_CHUNK_BYTES}"
         )
     chunks = -(-source.size // chunk_size)
-    slot = min(chunk_size, source.size) + 1
-    payloads = np.empty((chunks, slot), dtype=np.uint8)
     lengths = np.zeros(chunks, dtype=np.int64)
     checksums = np.zeros(chunks, dtype="<u8")
-    if chunks:
-        C.encode_chunks(
-            CODECS[codec], layout_id, source.ctypes.data, source.size, min(chunk_size, source.size),
-            payloads.ctypes.data, slot, lengths.ctypes.data, checksums.ctypes.data, thread_count(function, threads),
-        )  # fmt: skip
-    parts = [payloads[i, :length] for i, length in enumerate(lengths)]
+    head = HEADER_BYTES + 12 * chunks
+    blob, address = C.encode_chunks(
+        CODECS[codec], layout_id, source.ctypes.data, source.size, chunk_size, head, lengths.ctypes.data,
+        checksums.ctypes.data, thread_count(function, threads),
+    )  # fmt: skip
     tables = lengths.astype("<u4").tobytes() + checksums.tobytes()
     fields = (MAGIC, VERSION, CODECS[codec], layout_id, 0, source.size, chunk_size, chunks)
     check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:_CHECKED_HEADER_BYTES] + tables)
-    start = _HEADER.pack(*fields, check) + tables
-    blob, memory = new_bytes(len(start) + int(lengths.sum()))
-    at = len(start)
-    memory[:at] = np.frombuffer(start, dtype=np.uint8)
-    for part in parts:
-        memory[at : at + part.size] = part
-        at += part.size
+    ctypes.memmove(address, _HEADER.pack(*fields, check) + tables, head)
     return blob
 
 
