@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -38,6 +40,20 @@ void check_codec(int codec, int layout) {
         "codec: layout is " + std::to_string(layout) + "; allowed: 0 to " + std::to_string(kLayoutCount - 1));
 }
 
+// parallel_for of tasks that may run out of memory: MemoryError in Python, after all of them have ended.
+template <typename Task>
+void run(int tasks, int threads, const Task& task) {
+  std::atomic<bool> out_of_memory = false;
+  parallel_for(tasks, threads, [&](int i) {
+    try {
+      task(i);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
 // A bytes object of any content, in huge pages where it is large, and the address at which the caller fills it before
 // anybody else sees it.
 std::pair<py::bytes, uintptr_t> new_bytes(int64_t size) {
@@ -70,14 +86,14 @@ std::pair<py::bytes, uintptr_t> encode_chunks(int codec, int layout, uintptr_t s
       at<uint64_t>(sums)[i] = xxh3(to, length);
     };
     // A payload's place depends on the lengths before it: threads write to memory of their own, which is then moved.
-    const int64_t wave = threads == 1 ? 1 : std::min<int64_t>(4 * threads, chunks), slot = huffman_bound(chunk_size);
+    const int64_t wave = threads == 1 ? 1 : std::min(int64_t{4} * threads, chunks), slot = huffman_bound(chunk_size);
     std::vector<uint8_t> slots(static_cast<size_t>(wave == 1 ? 0 : wave * slot));
     for (int64_t first = 0; first < chunks; first += wave) {
       const int64_t count = std::min(wave, chunks - first);
       if (wave == 1) {
         encode(first, out);
       } else {
-        parallel_for(static_cast<int>(count), threads, [&](int i) { encode(first + i, slots.data() + i * slot); });
+        run(static_cast<int>(count), threads, [&](int i) { encode(first + i, slots.data() + i * slot); });
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t length = at<const int64_t>(lengths)[first + i];
@@ -102,7 +118,7 @@ std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, 
   std::vector<Status> status(static_cast<size_t>(chunks));
   {
     py::gil_scoped_release release;
-    parallel_for(chunks, threads, [&](int i) {
+    run(chunks, threads, [&](int i) {
       const uint8_t* const payload = at<const uint8_t>(frame) + at<const int64_t>(offsets)[i];
       const int64_t length = at<const int64_t>(lengths)[i], n = std::min(chunk_size, size - i * chunk_size);
       uint8_t* const to = at<uint8_t>(dst) + i * chunk_size;

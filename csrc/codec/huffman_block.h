@@ -21,8 +21,8 @@ constexpr int kVectorSlack = 64;  // kernels read and write up to one vector pas
 struct DecodeBlockArgs {
   const TreeCode* code;
   const uint8_t *bits, *bits_end;
-  uint8_t* out;        // n symbols, with kVectorSlack
-  int n;               // 1 or more
+  uint8_t* out;  // n symbols, with kVectorSlack
+  int n;
   uint8_t* level[2];   // n bytes each, with kVectorSlack
   uint8_t* node_bits;  // node_bits_bound(n) bytes, for coded nodes
   int64_t ahead;       // about how far behind `bits` the next block is, whose bits are fetched meanwhile

@@ -1,4 +1,4 @@
-// status.h - what a decoder found in its input. Decoders accept any bytes and never throw.
+// status.h - what a decoder found in its input. Decoders accept any bytes; they throw nothing but bad_alloc.
 #pragma once
 
 namespace lepton {

@@ -121,16 +121,20 @@ def thread_count(function: str, threads: int | None) -> int:
     return threads
 
 
-def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: int) -> bytes:
-    """The frame of `data`; codec.huffman.encode and codec.lzw.encode say what the arguments mean."""
-    function = f"codec.{codec}.encode"
-    source, dtype = as_bytes(function, "data", data)
-    layout_id = _layout(function, layout, dtype, source.size)
+def check_chunk_size(function: str, chunk_size: int) -> None:
     if not MIN_CHUNK_SIZE <= chunk_size <= C.MAX_CHUNK_BYTES or chunk_size % MIN_CHUNK_SIZE:
         raise ValueError(
             f"{function}: chunk_size is {chunk_size}; "
             f"allowed: a multiple of {MIN_CHUNK_SIZE} from {MIN_CHUNK_SIZE} to {C.MAX_CHUNK_BYTES}"
         )
+
+
+def encode(codec: str, data: Any, layout: str, threads: int | None, chunk_size: int) -> bytes:
+    """The frame of `data`; codec.huffman.encode and codec.lzw.encode say what the arguments mean."""
+    function = f"codec.{codec}.encode"
+    source, dtype = as_bytes(function, "data", data)
+    layout_id = _layout(function, layout, dtype, source.size)
+    check_chunk_size(function, chunk_size)
     chunks = -(-source.size // chunk_size)
     lengths = np.zeros(chunks, dtype=np.int64)
     checksums = np.zeros(chunks, dtype="<u8")
@@ -224,6 +228,9 @@ def _output(function: str, out: Any, size: int) -> tuple[Any, np.ndarray]:
     if out is None:
         return new_bytes(size)
     memory, _ = as_bytes(function, "out", out)
+    here = out.ctypes.data if isinstance(out, np.ndarray) else out.data_ptr() if hasattr(out, "data_ptr") else None
+    if here is not None and size and memory.ctypes.data != here:
+        raise ValueError(f"{function}: out is not contiguous in the CPU's memory; allowed: one that is")
     if memory.size != size or not memory.flags.writeable:
         raise ValueError(
             f"{function}: out has {memory.size} bytes, writeable: {memory.flags.writeable}; allowed: {size}, writeable"

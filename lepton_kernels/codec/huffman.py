@@ -32,7 +32,7 @@ def decode(
     """The bytes start..stop of what `blob` holds; only the chunks that hold them are read.
 
     out: a writable buffer, array or tensor of stop - start bytes to decode into (returned), else new bytes.
-    Raises CorruptDataError for every blob that encode did not write, before it allocates more than max_size bytes;
-    `out` then holds anything.
+    Raises CorruptDataError for every blob that encode did not write, before it allocates more than max_size bytes (and
+    the first and the last chunk, where they are needed in part); `out` then holds anything.
     """
     return frame.decode("huffman", blob, start, stop, out, threads, max_size)

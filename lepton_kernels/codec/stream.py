@@ -50,6 +50,17 @@ def best_layout(data: np.ndarray) -> tuple[str, float]:
     return best, entropies[best]
 
 
+def write_all(file: BinaryIO, data: Any) -> None:
+    """Writes all of a bytes-like object, to files too whose `write` takes only a part. Raises BlockingIOError where it
+    takes nothing."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        written = file.write(rest)
+        if written is None:
+            raise BlockingIOError("the file takes no more bytes now, and waits for nobody")
+        rest = rest[written:]
+
+
 class Writer(io.RawIOBase):
     """Codes what is written to it and writes frames to a file object, which `close` closes only if it `owns` it.
 
@@ -71,13 +82,14 @@ class Writer(io.RawIOBase):
             raise ValueError(f"codec.open: codec is {codec!r}; allowed: {', '.join(frame.CODECS)}")
         if layout not in ("auto", *frame.LAYOUTS):
             raise ValueError(f"codec.open: layout is {layout!r}; allowed: auto, {', '.join(frame.LAYOUTS)}")
+        frame.check_chunk_size("codec.open", chunk_size)
         if not chunk_size <= frame_size <= MAX_FRAME_SIZE or frame_size % 4:
             raise ValueError(
                 f"codec.open: frame_size is {frame_size}; allowed: a multiple of 4 from chunk_size {chunk_size} "
                 f"to {MAX_FRAME_SIZE}"
             )
         self._file, self._owns, self._codec, self._layout = file, owns, codec, layout
-        self._threads, self._chunk_size = threads, chunk_size
+        self._threads, self._chunk_size = frame.thread_count("codec.open", threads), chunk_size
         self._pending = np.empty(frame_size, dtype=np.uint8)
         self._filled = 0
         self.original_bytes = self.coded_bytes = 0
@@ -114,7 +126,7 @@ class Writer(io.RawIOBase):
         elif data.size % frame.ELEMENT_BYTES[frame.LAYOUTS.index(layout)]:
             layout = "bytes"  # the last frame may hold a part of an element
         blob = frame.encode(self._codec, data, layout, self._threads, self._chunk_size)
-        self._file.write(blob)
+        write_all(self._file, blob)
         self.coded_bytes += len(blob)
         self._filled = 0
 
@@ -180,20 +192,22 @@ class Reader(io.RawIOBase):
     ) -> None:
         self._file, self._owns, self._max_frame_size = file, owns, max_frame_size
         self._threads = frame.thread_count("codec.open", threads)
-        self._descriptor = self._descriptor_of(file)
-        self._next_at = file.tell() if self._descriptor is not None else 0  # of the next frame, in the file
+        self._of_file = self._is_file(file)
+        self._next_at = file.tell() if self._of_file else 0  # of the next frame, in the file
         self._position = 0
         self._places: list[_Place] = []  # all frames so far; of a pipe the last one alone
         self._size: int | None = None  # of the text, once its end was seen
         self._chunk: tuple[int, int, np.ndarray] | None = None  # frame's start, chunk, its bytes
 
     @staticmethod
-    def _descriptor_of(file: BinaryIO) -> int | None:
-        try:
-            descriptor = file.fileno()
-        except (OSError, AttributeError):
-            return None
-        return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    def _is_file(file: BinaryIO) -> bool:
+        """Whether it is a regular file itself, and not a view of one, as gzip.GzipFile is."""
+        raw = getattr(file, "raw", file)
+        return isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("codec.Reader: the stream is closed")
 
     def close(self) -> None:
         """Closes the stream, and the file if the stream `owns` it."""
@@ -205,20 +219,22 @@ class Reader(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._descriptor is not None
+        return self._of_file
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves to a place in the decoded bytes. Of frames on the way only the headers are read."""
         if not self.seekable():
             raise io.UnsupportedOperation("codec.Reader.seek: the stream is no regular file")
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
-        if base is None:
-            while self._size is None:
-                self._read_frame()
-            base = self._size
+        self._check_open()
+        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
+            raise ValueError(f"codec.Reader.seek: whence is {whence}; allowed: 0, 1, 2")
+        while whence == os.SEEK_END and self._size is None:
+            self._read_frame()
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence, self._size or 0)
         if base + offset < 0:
             raise ValueError(f"codec.Reader.seek: offset is {offset} from {base}; allowed: 0 or more in all")
         self._position = base + offset
@@ -226,7 +242,10 @@ class Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills `buffer` from one frame, so a pipe is not waited for while there is something to return."""
+        self._check_open()
         out = np.frombuffer(memoryview(buffer).cast("B"), dtype=np.uint8)
+        if not out.flags.writeable:
+            raise TypeError(f"codec.Reader.readinto: buffer is {type(buffer).__name__}; allowed: a writable one")
         place = self._place_of(self._position)
         if place is None or not out.size:
             return 0
@@ -235,6 +254,13 @@ class Reader(io.RawIOBase):
         self._decode(place, begin, out)
         self._position += out.size
         return int(out.size)
+
+    def readall(self) -> bytes:
+        """All that is left, frame by frame: as fast as readinto."""
+        parts, memory = [], memoryview(bytearray(DEFAULT_FRAME_SIZE))
+        while n := self.readinto(memory):
+            parts.append(bytes(memory[:n]))
+        return b"".join(parts)
 
     def _place_of(self, position: int) -> _Place | None:
         while self._size is None and (not self._places or position >= self._places[-1].stop):
@@ -277,14 +303,16 @@ class Reader(io.RawIOBase):
         """The next `size` bytes of a pipe, or those from `at` on of a file."""
         data, got = np.empty(size, dtype=np.uint8), 0
         while got < size:
-            if self._descriptor is not None:
-                n = os.preadv(self._descriptor, [data[got:].data], at + got)
+            if self._of_file:
+                n = os.preadv(self._file.fileno(), [data[got:].data], at + got)
             elif hasattr(self._file, "readinto"):
-                n = self._file.readinto(data[got:].data) or 0
+                n = self._file.readinto(data[got:].data)
             else:
                 part = self._file.read(size - got)
-                n = len(part)
-                data[got : got + n] = np.frombuffer(part, dtype=np.uint8)
+                n = None if part is None else len(part)
+                data[got : got + (n or 0)] = np.frombuffer(part or b"", dtype=np.uint8)
+            if n is None:
+                raise BlockingIOError("codec.Reader.read: the source has nothing to read now, and waits for nobody")
             if n == 0:
                 raise CorruptDataError(
                     f"codec.Reader.read: the stream ends after {self._text_end()} bytes, before its end"
@@ -311,18 +339,20 @@ class Reader(io.RawIOBase):
         if header.size == 0:
             self._end()
             return
-        of_file = self._descriptor is not None
-        data = np.empty(0, dtype=np.uint8) if of_file else self._read(payloads, at)
-        place = _Place(start, frame.Frame.of(header, data, 0, lengths, checksums), at if of_file else -1)
-        self._places = [*self._places, place] if of_file else [place]
+        data = np.empty(0, dtype=np.uint8) if self._of_file else self._read(payloads, at)
+        place = _Place(start, frame.Frame.of(header, data, 0, lengths, checksums), at if self._of_file else -1)
+        if not self._of_file:
+            self._places.clear()
+        self._places.append(place)
 
     def _end(self) -> None:
-        self._size = self._text_end()
+        size = self._text_end()
         try:
             self._read(1, self._next_at)
         except CorruptDataError:
+            self._size = size
             return
-        raise CorruptDataError(f"codec.Reader.read: bytes follow the end of the stream, which holds {self._size} bytes")
+        raise CorruptDataError(f"codec.Reader.read: bytes follow the end of the stream, which holds {size} bytes")
 
 
 def open(file: str | os.PathLike[str] | BinaryIO, mode: str = "rb", **options: Any) -> "Reader | Writer":
@@ -337,6 +367,8 @@ def open(file: str | os.PathLike[str] | BinaryIO, mode: str = "rb", **options: A
     kind: type[Reader | Writer] = Reader if mode == "rb" else Writer
     if not isinstance(file, str | os.PathLike):
         return kind(file, **options)
+    if kind is Writer:
+        Writer(io.BytesIO(), **options).abort()  # wrong options must not cost the file that is there
     opened = cast(BinaryIO, builtins.open(file, mode))  # noqa: SIM115 (the stream closes it)
     try:
         return kind(opened, owns=True, **options)

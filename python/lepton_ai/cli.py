@@ -205,7 +205,11 @@ def pack(
     with _errors():
         source = _path(file)
         target = _path(output) if output is not None else packing.packed_name(source) if source else None
-        with packing.reading(source) as raw, packing.writing(target, force) as coded, _progress(source) as progress:
+        with (
+            packing.reading(source) as raw,
+            packing.writing(target, force, raw) as coded,
+            _progress(source) as progress,
+        ):
             report = packing.pack(raw, coded, codec, layout, threads, progress)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(report), "ratio": report.ratio}, indent=2), err=target is None)
@@ -219,7 +223,11 @@ def unpack(file: Input, output: Output = None, threads: Threads = None, force: F
     with _errors():
         source = _path(file)
         target = _path(output) if output is not None else packing.unpacked_name(source) if source else None
-        with packing.reading(source) as coded, packing.writing(target, force) as raw, _progress(None) as progress:
+        with (
+            packing.reading(source) as coded,
+            packing.writing(target, force, coded) as raw,
+            _progress(None) as progress,
+        ):
             written = packing.unpack(coded, raw, threads, progress)
     typer.echo(f"{target or 'standard output'}: {written:,} bytes", err=True)
 

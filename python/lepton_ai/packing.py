@@ -1,7 +1,9 @@
 """Whole files and pipes through the codec: what `lepton pack` and `lepton unpack` do."""
 
 import os
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -49,8 +51,8 @@ def reading(path: Path | None) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def writing(path: Path | None, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that is complete under its name or not there at all, or standard output.
+def writing(path: Path | None, overwrite: bool, source: BinaryIO) -> Iterator[BinaryIO]:
+    """A file that is complete under its name or not there at all, with the permissions of `source`; or standard output.
 
     Raises ValueError where a terminal would be written to, FileExistsError where the file is there and must not be.
     """
@@ -62,17 +64,34 @@ def writing(path: Path | None, overwrite: bool) -> Iterator[BinaryIO]:
         return
     if path.exists() and not overwrite:
         raise FileExistsError(f"output is {path}, which exists; --force replaces it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = path.resolve()  # through a link to what it names
+    if path.exists() and not path.is_file():  # a pipe or a device
+        with path.open("wb") as file:
+            yield file
+        return
+    descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".lepton-", dir=path.parent)
+    temporary = Path(name)
     try:
-        with temporary.open("xb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
+            os.fchmod(file.fileno(), _mode_of(source))
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def _mode_of(source: BinaryIO) -> int:
+    """The permissions of a file, so that what is made of it is as private; of a pipe those of new files."""
+    found = os.fstat(source.fileno())
+    if stat.S_ISREG(found.st_mode):
+        return stat.S_IMODE(found.st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def pack(
@@ -92,7 +111,7 @@ def unpack(source: BinaryIO, target: BinaryIO, threads: int | None, progress: Pr
     memory = memoryview(bytearray(codec.stream.DEFAULT_FRAME_SIZE))
     written = 0
     while n := reader.readinto(memory):
-        target.write(memory[:n])
+        codec.stream.write_all(target, memory[:n])
         written += n
         progress(n)
     return written

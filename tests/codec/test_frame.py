@@ -276,3 +276,15 @@ print("same")
 """
     for isa in ISAS:
         assert run_python(program, LEPTON_MAX_ISA=isa) == "same\n"
+
+
+def test_out_must_be_where_bytes_are_written_to():
+    blob = huffman.encode(bytes(1000))
+    with pytest.raises(ValueError, match="out is not contiguous"):
+        huffman.decode(blob, out=np.zeros((1000, 2), np.uint8)[:, 0])
+    with pytest.raises(ValueError, match="out is not contiguous"):
+        huffman.decode(blob, out=torch.zeros(1000, 2, dtype=torch.uint8)[:, 0])
+
+
+def test_any_number_of_threads():
+    assert huffman.decode(huffman.encode(bytes(1 << 20), threads=2**30)) == bytes(1 << 20)

@@ -1,5 +1,6 @@
 """Coded streams: files and pipes, random access, cut and damaged streams, the commands pack and unpack."""
 
+import gzip
 import io
 import json
 import os
@@ -215,3 +216,81 @@ def test_pack_and_unpack_pipes():
     assert b"before its end" in done.stderr
     noise = np.random.default_rng(0).normal(0, 20, 100_000).astype(np.int8).tobytes()
     assert b"huffman would be smaller" in lepton("pack", "-", "--codec", "lzw", data=noise).stderr
+
+
+class Half(io.RawIOBase):
+    """A file that takes only a half of what it is given."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        part = bytes(data)[: (len(data) + 1) // 2]
+        self.data += part
+        return len(part)
+
+
+def test_files_that_take_a_part_of_what_is_written_get_all_of_it():
+    file = Half()
+    with codec.Writer(file) as writer:
+        writer.write(DATA)
+    assert codec.Reader(Pipe(file.data)).read() == DATA
+
+
+def test_a_closed_reader_reads_nothing_and_a_buffer_must_be_writable(tmp_path):
+    path = tmp_path / "data.lptn"
+    path.write_bytes(coded(DATA))
+    reader = codec.open(path)
+    with pytest.raises(TypeError, match="buffer is bytes; allowed: a writable one"):
+        reader.readinto(bytes(100_000))
+    reader.close()
+    for call in (lambda: reader.read(1), lambda: reader.seek(0), reader.tell, lambda: reader.readinto(bytearray(8))):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_a_stream_inside_a_gzip_file(tmp_path):
+    with gzip.open(tmp_path / "data.gz", "wb") as file:
+        file.write(coded(DATA[:5000]))
+    with gzip.open(tmp_path / "data.gz", "rb") as file:
+        assert codec.open(file).read() == DATA[:5000]
+
+
+def test_a_source_that_does_not_wait_is_not_damaged():
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    with open(read, "rb", buffering=0) as file, pytest.raises(BlockingIOError):
+        codec.Reader(file).read(10)
+    os.close(write)
+
+
+def test_wrong_options_leave_the_file_that_is_there(tmp_path):
+    path = tmp_path / "precious"
+    path.write_bytes(b"precious")
+    for options in ({"codec": "zip"}, {"chunk_size": 5000}, {"threads": 0}):
+        with pytest.raises(ValueError, match="allowed"):
+            codec.open(path, "wb", **options)
+    assert path.read_bytes() == b"precious"
+
+
+def test_a_second_read_after_junk_is_refused_too():
+    reader = codec.Reader(Pipe(coded(DATA[:100]) + b"junk"))
+    assert reader.read(100) == DATA[:100]
+    for _ in range(2):
+        with pytest.raises(CorruptDataError, match=r"bytes follow|ends after|starts with"):
+            reader.read(1)
+
+
+def test_pack_keeps_what_is_private_private_and_follows_links(tmp_path):
+    (tmp_path / "secret").write_bytes(DATA)
+    (tmp_path / "secret").chmod(0o600)
+    assert lepton("pack", "secret", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "secret.lptn").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    assert lepton("unpack", "secret.lptn", "-o", "link", "--force", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == DATA
