@@ -4,7 +4,6 @@ A coded tensor is a U8 tensor that holds a codec frame; its own dtype and shape 
 checksum of every tensor that is not coded. Works on bytes: no torch here, so a file can be listed and verified without.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import xxhash
 
 from lepton_kernels import codec
 from lepton_kernels._progress import progress
+from lepton_kernels._whole_file import whole_file
 from lepton_kernels.codec import CorruptDataError
 
 FORMAT_VERSION = 1
@@ -108,23 +108,8 @@ def write(path: str | os.PathLike[str], tensors: Sequence[Pending], metadata: di
     """
     if codec_name not in CODECS:
         raise ValueError(f"save: codec is {codec_name!r}; allowed: {', '.join(CODECS)}")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            _write(file, tensors, metadata, codec_name)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with whole_file(Path(path)) as file:
+        _write(file, tensors, metadata, codec_name)
 
 
 def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str], codec_name: str) -> None:

@@ -108,87 +108,96 @@ constexpr int kStripe = 64, kLanes = 8, kSecretStep = 8, kStripesInBlock = (kSec
 
 // A stripe: sums[i] += word i ^ 1 + the product of the halves of (word i ^ secret i). After a block of them each sum is
 // scrambled: (sum ^ sum >> 47 ^ secret) * kPrime32_1.
+// 64-bit lanes; multiply_low: the product of the lower halves.
 #if defined(__AVX512F__)
 using Lanes = __m512i;
 LEPTON_INLINE Lanes load_lanes(const void* p) { return _mm512_loadu_si512(p); }
 LEPTON_INLINE void store_lanes(void* p, Lanes v) { _mm512_storeu_si512(p, v); }
+LEPTON_INLINE Lanes splat(uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); }
 LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
+LEPTON_INLINE Lanes flip(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
+LEPTON_INLINE Lanes multiply_low(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 LEPTON_INLINE Lanes swap_pairs(Lanes a) { return _mm512_shuffle_epi32(a, _MM_PERM_BADC); }
-LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
-  const Lanes key = _mm512_xor_si512(data, secret);
-  return _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_right(Lanes a) {
+  return _mm512_srli_epi64(a, bits);
 }
-LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
-  const Lanes key = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), secret),
-              prime = _mm512_set1_epi32(static_cast<int>(kPrime32_1));
-  return add(_mm512_mul_epu32(key, prime), _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(key, 32), prime), 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_left(Lanes a) {
+  return _mm512_slli_epi64(a, bits);
 }
 #elif defined(__AVX2__)
 using Lanes = __m256i;
 LEPTON_INLINE Lanes load_lanes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 LEPTON_INLINE void store_lanes(void* p, Lanes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+LEPTON_INLINE Lanes splat(uint64_t word) { return _mm256_set1_epi64x(static_cast<int64_t>(word)); }
 LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
+LEPTON_INLINE Lanes flip(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
+LEPTON_INLINE Lanes multiply_low(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 LEPTON_INLINE Lanes swap_pairs(Lanes a) { return _mm256_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)); }
-LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
-  const Lanes key = _mm256_xor_si256(data, secret);
-  return _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_right(Lanes a) {
+  return _mm256_srli_epi64(a, bits);
 }
-LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
-  const Lanes key = _mm256_xor_si256(_mm256_xor_si256(sum, _mm256_srli_epi64(sum, 47)), secret),
-              prime = _mm256_set1_epi32(static_cast<int>(kPrime32_1));
-  return add(_mm256_mul_epu32(key, prime), _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(key, 32), prime), 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_left(Lanes a) {
+  return _mm256_slli_epi64(a, bits);
 }
 #elif defined(__SSE2__)
 using Lanes = __m128i;
 LEPTON_INLINE Lanes load_lanes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 LEPTON_INLINE void store_lanes(void* p, Lanes v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+LEPTON_INLINE Lanes splat(uint64_t word) { return _mm_set1_epi64x(static_cast<int64_t>(word)); }
 LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
+LEPTON_INLINE Lanes flip(Lanes a, Lanes b) { return _mm_xor_si128(a, b); }
+LEPTON_INLINE Lanes multiply_low(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 LEPTON_INLINE Lanes swap_pairs(Lanes a) { return _mm_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)); }
-LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
-  const Lanes key = _mm_xor_si128(data, secret);
-  return _mm_mul_epu32(key, _mm_srli_epi64(key, 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_right(Lanes a) {
+  return _mm_srli_epi64(a, bits);
 }
-LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
-  const Lanes key = _mm_xor_si128(_mm_xor_si128(sum, _mm_srli_epi64(sum, 47)), secret),
-              prime = _mm_set1_epi32(static_cast<int>(kPrime32_1));
-  return add(_mm_mul_epu32(key, prime), _mm_slli_epi64(_mm_mul_epu32(_mm_srli_epi64(key, 32), prime), 32));
-}
-#elif defined(__ARM_NEON)
-using Lanes = uint64x2_t;
-LEPTON_INLINE Lanes load_lanes(const void* p) { return vreinterpretq_u64_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
-LEPTON_INLINE void store_lanes(void* p, Lanes v) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u64(v)); }
-LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return vaddq_u64(a, b); }
-LEPTON_INLINE Lanes swap_pairs(Lanes a) { return vextq_u64(a, a, 1); }
-LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
-  const Lanes key = veorq_u64(data, secret);
-  return vmull_u32(vmovn_u64(key), vshrn_n_u64(key, 32));
-}
-LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
-  const Lanes key = veorq_u64(veorq_u64(sum, vshrq_n_u64(sum, 47)), secret);
-  const uint32x2_t prime = vdup_n_u32(kPrime32_1);
-  return vaddq_u64(vmull_u32(vmovn_u64(key), prime), vshlq_n_u64(vmull_u32(vshrn_n_u64(key, 32), prime), 32));
+template <int bits>
+LEPTON_INLINE Lanes shift_left(Lanes a) {
+  return _mm_slli_epi64(a, bits);
 }
 #else
-struct Lanes {
-  uint64_t word[2];
-};
+// The compiler's vectors.
+typedef uint64_t Lanes __attribute__((vector_size(16)));
 LEPTON_INLINE Lanes load_lanes(const void* p) {
   Lanes lanes;
   __builtin_memcpy(&lanes, p, sizeof lanes);
   return lanes;
 }
 LEPTON_INLINE void store_lanes(void* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
-LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return {{a.word[0] + b.word[0], a.word[1] + b.word[1]}}; }
-LEPTON_INLINE Lanes swap_pairs(Lanes a) { return {{a.word[1], a.word[0]}}; }
-LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
-  const uint64_t a = data.word[0] ^ secret.word[0], b = data.word[1] ^ secret.word[1];
-  return {{(a & 0xffffffff) * (a >> 32), (b & 0xffffffff) * (b >> 32)}};
+LEPTON_INLINE Lanes splat(uint64_t word) { return Lanes{word, word}; }
+LEPTON_INLINE Lanes add(Lanes a, Lanes b) { return a + b; }
+LEPTON_INLINE Lanes flip(Lanes a, Lanes b) { return a ^ b; }
+LEPTON_INLINE Lanes swap_pairs(Lanes a) { return Lanes{a[1], a[0]}; }
+#if defined(__ARM_NEON)
+LEPTON_INLINE Lanes multiply_low(Lanes a, Lanes b) {
+  return (Lanes)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 }
-LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
-  for (int i = 0; i < 2; ++i) sum.word[i] = (sum.word[i] ^ sum.word[i] >> 47 ^ secret.word[i]) * kPrime32_1;
-  return sum;
+#else
+LEPTON_INLINE Lanes multiply_low(Lanes a, Lanes b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+#endif
+template <int bits>
+LEPTON_INLINE Lanes shift_right(Lanes a) {
+  return a >> bits;
+}
+template <int bits>
+LEPTON_INLINE Lanes shift_left(Lanes a) {
+  return a << bits;
 }
 #endif
+
+LEPTON_INLINE Lanes multiply_halves(Lanes data, Lanes secret) {
+  const Lanes key = flip(data, secret);
+  return multiply_low(key, shift_right<32>(key));
+}
+LEPTON_INLINE Lanes scramble(Lanes sum, Lanes secret) {
+  const Lanes key = flip(flip(sum, shift_right<47>(sum)), secret), prime = splat(kPrime32_1);
+  return add(multiply_low(key, prime), shift_left<32>(multiply_low(shift_right<32>(key), prime)));
+}
 
 struct Sums {
   static constexpr int kRegisters = kStripe / static_cast<int>(sizeof(Lanes));

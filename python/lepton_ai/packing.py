@@ -3,14 +3,14 @@
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from lepton_kernels import codec
+from lepton_kernels._whole_file import whole_file
 
 SUFFIX = ".lptn"
 _PIECE = 4 << 20  # bytes read at a time
@@ -69,29 +69,9 @@ def writing(path: Path | None, overwrite: bool, source: BinaryIO) -> Iterator[Bi
         with path.open("wb") as file:
             yield file
         return
-    descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".lepton-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), _mode_of(source))
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-
-
-def _mode_of(source: BinaryIO) -> int:
-    """The permissions of a file, so that what is made of it is as private; of a pipe those of new files."""
     found = os.fstat(source.fileno())
-    if stat.S_ISREG(found.st_mode):
-        return stat.S_IMODE(found.st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    with whole_file(path, stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None) as file:
+        yield file
 
 
 def pack(
