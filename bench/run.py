@@ -1,8 +1,9 @@
 """Measures one part of RESULTS.md and writes it: python bench/run.py PART [arguments of pytest]
 
 PART: gemm, codec, pipeline, prune or recurrent. With arguments, and in a quick run, the report is printed and
-RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and after. codec:
-with the machine's level, then Huffman decoding with older ones.
+RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and after; then the
+quick cases with older levels, beside torch held to the same one. codec: with the machine's level, then Huffman decoding
+with older ones.
 """
 
 import json
@@ -14,14 +15,21 @@ from pathlib import Path
 import report
 import roof
 
+import lepton_kernels as lk
+
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build" / "bench"
 OLD_LEVELS = ("ssse3", "generic")
+# What holds torch to a level: its own kernels, oneDNN and MKL (COMPATIBLE: SSE2, the one setting that AMD gets too).
+TORCH_LEVELS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "generic": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
 
 
-def measure(part: str, threads: int, arguments: list[str], level: str = "") -> Path:
+def measure(part: str, threads: int, arguments: list[str], level: str = "", **settings: str) -> Path:
     path = BUILD / f"{part}-{level or threads}.json"
-    settings = {"LEPTON_BENCH_THREADS": str(threads), **({"LEPTON_MAX_ISA": level} if level else {})}
+    settings = {"LEPTON_BENCH_THREADS": str(threads), **({"LEPTON_MAX_ISA": level} if level else {}), **settings}
     pytest = Path(sys.executable).with_name("pytest")
     subprocess.run(
         [pytest, FOLDER / f"bench_{part}.py", "-q", "--override-ini=python_files=bench_*.py",
@@ -45,6 +53,9 @@ def main() -> None:
         before = limits("before")
         files = [measure(part, count, arguments) for count in sorted({1, threads})]
         files += [before, limits("after")]
+        for level, settings in TORCH_LEVELS.items():
+            if level != lk.backends()["isa"] and not arguments:
+                files.append(measure(part, 1, arguments, level, LEPTON_BENCH_CASES="quick", **settings))
     elif part == "codec":
         files = [measure(part, 1, arguments)]
         files += [measure(part, 1, ["-k", "huffman and decode", *arguments], level) for level in OLD_LEVELS]
