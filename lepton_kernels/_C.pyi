@@ -54,6 +54,22 @@ def recurrent(
     y: int,
     threads: int,
 ) -> None: ...
+def sparse_rows_bytes(n: int, k: int, nonzeros: int) -> int: ...
+def pack_sparse_rows(values: int, bitmask: int, n: int, k: int, nonzeros: int, packed: int) -> None: ...
+def sparse_rows(
+    x: int,
+    dtype: int,
+    x_stride: int,
+    m: int,
+    packed: int,
+    n: int,
+    k: int,
+    nonzeros: int,
+    bias: int,
+    activation: int,
+    y: int,
+    threads: int,
+) -> None: ...
 
 MAX_CHUNK_BYTES: int
 

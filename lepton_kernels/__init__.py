@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_kernels import codec, nn, onnx
+    from lepton_kernels import codec, nn, onnx, sparse
     from lepton_kernels._backends_report import backends
     from lepton_kernels.checkpoint import load, save
     from lepton_kernels.model_file import inspect, verify
-    from lepton_kernels.prune import PruneReport, prune_
     from lepton_kernels.quantize import QuantizeReport, quantize_, quantize_dynamic
     from lepton_kernels.scheme import QuantScheme
+    from lepton_kernels.sparse import PruneReport, SparsifyReport, prune_, sparsify_
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PruneReport": "prune",
+    "PruneReport": "sparse",
     "QuantScheme": "scheme",
     "QuantizeReport": "quantize",
     "backends": "_backends_report",
@@ -23,19 +23,22 @@ _HOMES = {
     "fuse_": "fuse",
     "inspect": "model_file",
     "load": "checkpoint",
-    "prune_": "prune",
+    "prune_": "sparse",
     "quantize_": "quantize",
     "quantize_dynamic": "quantize",
     "save": "checkpoint",
+    "SparsifyReport": "sparse",
+    "sparsify_": "sparse",
     "verify": "model_file",
 }
-_SUBPACKAGES = ("codec", "nn", "onnx")
+_SUBPACKAGES = ("codec", "nn", "onnx", "sparse")
 
 __all__ = [
     "FuseReport",
     "PruneReport",
     "QuantScheme",
     "QuantizeReport",
+    "SparsifyReport",
     "backends",
     "codec",
     "fuse_",
@@ -47,6 +50,8 @@ __all__ = [
     "quantize_",
     "quantize_dynamic",
     "save",
+    "sparse",
+    "sparsify_",
     "verify",
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lepton_kernels import model_file
 from lepton_kernels._progress import progress
-from lepton_kernels.nn import QuantEmbedding, QuantLinear
+from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.scheme import QuantScheme
 
@@ -48,6 +48,9 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, QuantLinear):
             out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None,
                          "activation": "none" if module.activation_is_fused else module.activation}  # fmt: skip
+        elif isinstance(module, SparseLinear):
+            out[name] = {"kind": "SparseLinear", "nonzeros": module.nonzeros, "bias": module.bias is not None,
+                         "dtype": _NAMES[module.weight_compressed.dtype], "activation": module.activation}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
             out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
@@ -113,8 +116,13 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
             raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
         dtype = _DTYPES[spec["dtype"]]
         return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
-    if not isinstance(old, (nn.Linear, QuantLinear)):
+    if not isinstance(old, (nn.Linear, QuantLinear, SparseLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
+    if spec["kind"] == "SparseLinear":
+        dtype, bias = _DTYPES[spec["dtype"]], spec["bias"]
+        return SparseLinear(
+            old.in_features, old.out_features, spec["nonzeros"], bias, dtype, "meta", spec["activation"]
+        )  # fmt: skip
     scheme, activation = QuantScheme(**spec["scheme"]), spec.get("activation", "none")
     # What computed the activation before fuse_ is not there any more: the layer has to keep it.
     fused = isinstance(old, QuantLinear) and old.activation_is_fused

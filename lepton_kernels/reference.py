@@ -153,3 +153,34 @@ def gemm_int4(
         y = y + sums * weight_scale[:, g].to(torch.float32)
     y = y - zero[:, None].to(torch.float32) * column_sums_int4(values, weight_scale, group_size)
     return _finish(y * scale[:, None], bias, activation, x)
+
+
+def pack_bitmask(mask: Tensor) -> Tensor:
+    """uint8 [n, ceil(k / 8)] from bool [n, k]: bit i % 8 of byte i / 8 for column i; bits past k are 0."""
+    n, k = mask.shape
+    bits = torch.zeros(n, -(-k // 8) * 8, dtype=torch.uint8, device=mask.device)
+    bits[:, :k] = mask
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits.view(n, -1, 8) * weights).sum(2, dtype=torch.uint8)
+
+
+def unpack_bitmask(bitmask: Tensor, k: int) -> Tensor:
+    """bool [n, k] from uint8 [n, ceil(k / 8)]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return ((bitmask[..., None] >> shifts) & 1).flatten(1)[:, :k].bool()
+
+
+def expand_sparse(weight_compressed: Tensor, weight_bitmask: Tensor, k: int) -> Tensor:
+    """The dense weight [n, k]: weight_compressed [nonzeros], row after row, where the bitmask has a one; else 0."""
+    mask = unpack_bitmask(weight_bitmask, k)
+    dense = torch.zeros(mask.shape, dtype=weight_compressed.dtype, device=weight_compressed.device)
+    dense[mask] = weight_compressed
+    return dense
+
+
+def sparse_linear(
+    x: Tensor, weight_compressed: Tensor, weight_bitmask: Tensor, bias: Tensor | None, activation: str = "none"
+) -> Tensor:
+    """Y[..., n] = activation(X[..., k] @ W^T + bias) in x's dtype; sums in float32."""
+    weight = expand_sparse(weight_compressed, weight_bitmask, x.shape[-1]).float()
+    return ACTIVATIONS[activation](functional.linear(x.float(), weight, bias)).to(x.dtype)

@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "cpu/quantize_rows.h"
 #include "cpu/recurrent.h"
+#include "cpu/sparse_rows.h"
 
 namespace py = pybind11;
 
@@ -152,6 +153,44 @@ void bind_pack_int4(uintptr_t weight, int64_t row_bytes, uintptr_t scale, uintpt
             at<uint8_t>(packed));
 }
 
+int64_t sparse_rows_bytes(int n, int k, int64_t nonzeros) {
+  check(n >= 0, "sparse_rows: n is " + std::to_string(n) + "; allowed: 0 or more");
+  check(k >= 1 && k <= kMaxK,
+        "sparse_rows: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
+  check(nonzeros >= 0 && nonzeros <= int64_t(n) * k,
+        "sparse_rows: nonzeros is " + std::to_string(nonzeros) + "; allowed: 0 to n * k");
+  return SparseRowsLayout(n, k, nonzeros).bytes;
+}
+
+// The bitmask comes from a file: what it says is checked against the number of values.
+void bind_pack_sparse_rows(uintptr_t values, uintptr_t bitmask, int n, int k, int64_t nonzeros, uintptr_t packed) {
+  sparse_rows_bytes(n, k, nonzeros);
+  py::gil_scoped_release release;
+  const auto* mask = at<const uint8_t>(bitmask);
+  const int64_t ones = count_ones(mask, n, k);
+  check(ones >= 0, "sparse_rows: the bitmask has ones past column " + std::to_string(k - 1));
+  check(ones == nonzeros, "sparse_rows: the bitmask has " + std::to_string(ones) +
+                              " ones; allowed: " + std::to_string(nonzeros) + ", as many as there are values");
+  pack_sparse_rows(at<const float>(values), mask, n, k, nonzeros, at<uint8_t>(packed));
+}
+
+void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int64_t nonzeros,
+                      uintptr_t bias, int activation, uintptr_t y, int threads) {
+  check_activation(activation);
+  sparse_rows_bytes(n, k, nonzeros);
+  const SparseRowsArgs args{at<const void>(x),
+                            static_cast<Dtype>(dtype),
+                            x_stride,
+                            m,
+                            sparse_rows_view(at<const uint8_t>(packed), n, k, nonzeros),
+                            at<const float>(bias),
+                            static_cast<Activation>(activation),
+                            at<void>(y),
+                            threads};
+  py::gil_scoped_release release;
+  sparse_rows(args);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
@@ -174,6 +213,9 @@ void bind_cpu(py::module_& module) {
   module.def("gemm", &bind_gemm);
   module.def("linear_block", &bind_linear_block);
   module.def("recurrent", &bind_recurrent);
+  module.def("sparse_rows_bytes", &sparse_rows_bytes, "Bytes of packed nonzeros.");
+  module.def("pack_sparse_rows", &bind_pack_sparse_rows);
+  module.def("sparse_rows", &bind_sparse_rows);
 }
 
 }  // namespace lepton

@@ -1,0 +1,88 @@
+"""torch.ops.lepton.sparse_linear: schema, argument checks, output shape, gradient; _ops.py has the dense weights'."""
+
+import torch
+from torch import Tensor
+
+from lepton_kernels import reference
+from lepton_kernels._backends import cpu_sparse
+from lepton_kernels._ops import (
+    FLOAT_DTYPES,
+    _check_bias,
+    _check_devices,
+    _library,
+    _through_activation,
+    check_activation,
+    check_input,
+)
+
+_library.define(
+    "sparse_linear(Tensor x, Tensor weight_compressed, Tensor weight_bitmask, Tensor? bias, str activation='none') "
+    "-> Tensor"
+)
+
+
+def check_sparse(x: Tensor, weight_compressed: Tensor, weight_bitmask: Tensor, bias: Tensor | None) -> None:
+    """weight_compressed float [nonzeros], weight_bitmask uint8 [n, ceil(k / 8)], bias [n] or None."""
+    if weight_compressed.dim() != 1 or weight_compressed.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"weight_compressed is {weight_compressed.dtype} {tuple(weight_compressed.shape)}; "
+            "allowed: float32, bfloat16 or float16 [nonzeros]"
+        )
+    if weight_bitmask.dim() != 2 or weight_bitmask.dtype is not torch.uint8:
+        raise ValueError(
+            f"weight_bitmask is {weight_bitmask.dtype} {tuple(weight_bitmask.shape)}; allowed: uint8 [n, ceil(k / 8)]"
+        )
+    _check_devices(x, weight_compressed=weight_compressed, weight_bitmask=weight_bitmask, bias=bias)
+    check_input(x, x.shape[-1] if x.dim() else 0)
+    n, size = weight_bitmask.shape
+    if -(-x.shape[-1] // 8) != size:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * size - 7} to {8 * size}")
+    _check_bias(bias, n)
+
+
+def _sparse_linear_cpu(x, weight_compressed, weight_bitmask, bias, activation="none"):  # type: ignore[no-untyped-def]
+    check_sparse(x, weight_compressed, weight_bitmask, bias)
+    check_activation(activation)
+    return cpu_sparse.sparse_linear(x, weight_compressed, weight_bitmask, bias, activation)
+
+
+def _sparse_linear_cuda(x, weight_compressed, weight_bitmask, bias, activation="none"):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(f"sparse_linear: x is on {x.device}; allowed: the CPU (there is no GPU kernel yet)")
+
+
+_library.impl("sparse_linear", _sparse_linear_cpu, "CPU")
+_library.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
+
+
+@torch.library.register_fake("lepton::sparse_linear")
+def _sparse_linear_fake(x, weight_compressed, weight_bitmask, bias, activation="none"):  # type: ignore[no-untyped-def]
+    check_sparse(x, weight_compressed, weight_bitmask, bias)
+    check_activation(activation)
+    return x.new_empty(*x.shape[:-1], weight_bitmask.shape[0])
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, compressed, bitmask, bias, *rest = inputs  # a default that was not given is not among them
+    activation = rest[0] if rest else "none"
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(compressed, bitmask, x, bias)
+    ctx.activation = activation
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    compressed, bitmask, x, bias = ctx.saved_tensors
+    grad = _through_activation(grad, ctx.activation, lambda: sparse_linear(x, compressed, bitmask, bias))
+    need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    rows, flat = grad.reshape(-1, grad.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+    grad_x = grad_weight = None
+    if need_x:
+        weight = reference.expand_sparse(compressed, bitmask, x.shape[-1]).float()
+        grad_x = (rows @ weight).reshape(x.shape).to(x.dtype)
+    if need_weight:
+        grad_weight = (rows.T @ flat)[reference.unpack_bitmask(bitmask, x.shape[-1])].to(compressed.dtype)
+    return (grad_x, grad_weight, None, rows.sum(0) if need_bias else None, None)[: ctx.inputs]
+
+
+torch.library.register_autograd("lepton::sparse_linear", _backward, setup_context=_setup)
+
+sparse_linear = torch.ops.lepton.sparse_linear.default
