@@ -16,8 +16,8 @@ from minilm import weights
 from rivals_codec import Codec
 
 import lepton_kernels as lk
-from lepton_kernels.prune import magnitude_mask
 from lepton_kernels.quantizers import quantize_weight
+from lepton_kernels.sparse import Pattern
 
 LIMIT = 16 << 20  # bytes of each kind of data: slow encoders take seconds
 CAPPED = os.environ.get("LEPTON_MAX_ISA")
@@ -45,7 +45,7 @@ def data(kind: str) -> tuple[bytes, str]:
     parts = []
     for weight in weights():
         if kind == "int8, 80 % pruned":
-            weight = weight * magnitude_mask(weight, 0.8)
+            weight = weight * Pattern.of("unstructured").keep(weight.square(), 0.8)
         parts.append(quantize_weight(weight, scheme)[0].numpy().tobytes())
     return b"".join(parts)[:LIMIT], "bytes"
 

@@ -54,6 +54,25 @@ def recurrent(
     y: int,
     threads: int,
 ) -> None: ...
+def count_ones(bitmask: int, n: int, k: int) -> int: ...
+def step_bytes() -> int: ...
+def count_steps(weight: int, n: int, k: int) -> int: ...
+def int8_blocks_bytes(n: int, k: int, steps: int) -> int: ...
+def pack_int8_blocks(weight: int, scale: int, n: int, k: int, steps: int, packed: int) -> None: ...
+def gemm_int8_blocks(
+    x: int,
+    dtype: int,
+    x_stride: int,
+    m: int,
+    packed: int,
+    n: int,
+    k: int,
+    steps: int,
+    bias: int,
+    activation: int,
+    y: int,
+    threads: int,
+) -> None: ...
 def sparse_rows_bytes(n: int, k: int, nonzeros: int) -> int: ...
 def pack_sparse_rows(values: int, bitmask: int, n: int, k: int, nonzeros: int, packed: int) -> None: ...
 def sparse_rows(
@@ -65,6 +84,7 @@ def sparse_rows(
     n: int,
     k: int,
     nonzeros: int,
+    scale: int,
     bias: int,
     activation: int,
     y: int,

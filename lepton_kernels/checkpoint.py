@@ -50,7 +50,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
                          "activation": "none" if module.activation_is_fused else module.activation}  # fmt: skip
         elif isinstance(module, SparseLinear):
             out[name] = {"kind": "SparseLinear", "nonzeros": module.nonzeros, "bias": module.bias is not None,
-                         "dtype": _NAMES[module.weight_compressed.dtype], "activation": module.activation}  # fmt: skip
+                         "dtype": None if module.scheme else _NAMES[module.weight_compressed.dtype],
+                         "activation": module.activation, "scheme": module.scheme}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
             out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
@@ -119,9 +120,10 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
     if not isinstance(old, (nn.Linear, QuantLinear, SparseLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
     if spec["kind"] == "SparseLinear":
-        dtype, bias = _DTYPES[spec["dtype"]], spec["bias"]
+        dtype = torch.float32 if spec["dtype"] is None else _DTYPES[spec["dtype"]]
         return SparseLinear(
-            old.in_features, old.out_features, spec["nonzeros"], bias, dtype, "meta", spec["activation"]
+            old.in_features, old.out_features, spec["nonzeros"], spec["bias"], dtype, "meta", spec["activation"],
+            spec["scheme"],
         )  # fmt: skip
     scheme, activation = QuantScheme(**spec["scheme"]), spec.get("activation", "none")
     # What computed the activation before fuse_ is not there any more: the layer has to keep it.

@@ -179,8 +179,18 @@ def expand_sparse(weight_compressed: Tensor, weight_bitmask: Tensor, k: int) -> 
 
 
 def sparse_linear(
-    x: Tensor, weight_compressed: Tensor, weight_bitmask: Tensor, bias: Tensor | None, activation: str = "none"
+    x: Tensor,
+    weight_compressed: Tensor,
+    weight_bitmask: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "none",
 ) -> Tensor:
-    """Y[..., n] = activation(X[..., k] @ W^T + bias) in x's dtype; sums in float32."""
-    weight = expand_sparse(weight_compressed, weight_bitmask, x.shape[-1]).float()
-    return ACTIVATIONS[activation](functional.linear(x.float(), weight, bias)).to(x.dtype)
+    """Y[..., n] = activation(X[..., k] @ W^T + bias) in x's dtype, W from expand_sparse; sums in float32.
+
+    With weight_scale f32 [n, 1] the values are int8 and the product is gemm_int8 with quantized activations.
+    """
+    weight = expand_sparse(weight_compressed, weight_bitmask, x.shape[-1])
+    if weight_scale is not None:
+        return gemm_int8(x, weight, weight_scale, bias, True, activation)
+    return ACTIVATIONS[activation](functional.linear(x.float(), weight.float(), bias)).to(x.dtype)

@@ -14,11 +14,13 @@ FORBIDDEN = {
     "lepton_kernels.codec": ("torch", "lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels._backends"),
     "lepton_kernels.model_file": ("torch", "lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels._backends"),
     "lepton_kernels.reference": ("lepton_kernels.",),
+    "lepton_kernels.pattern": ("lepton_kernels.",),
     "lepton_kernels.triton_kernels": ("lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels._backends"),
     "lepton_kernels._backends": ("lepton_kernels.nn", "lepton_kernels._ops", "lepton_kernels.quantize"),
     "lepton_kernels._ops": ("lepton_kernels.nn", "lepton_kernels.quantize"),
     "lepton_kernels._ops_recurrent": ("lepton_kernels.nn", "lepton_kernels.quantize"),
-    "lepton_kernels.nn": ("lepton_kernels.quantize", "lepton_kernels.checkpoint", "lepton_kernels.prune"),
+    "lepton_kernels._ops_sparse": ("lepton_kernels.nn", "lepton_kernels.quantize"),
+    "lepton_kernels.nn": ("lepton_kernels.quantize", "lepton_kernels.checkpoint", "lepton_kernels.sparse"),
     "lepton_kernels": ("lepton_ai", "tests", "bench"),
 }
 ALLOWED = {("lepton_kernels.codec", "lepton_kernels._runtime"), ("lepton_kernels.nn", "lepton_kernels.quantizers")}

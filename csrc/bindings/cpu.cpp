@@ -153,6 +153,49 @@ void bind_pack_int4(uintptr_t weight, int64_t row_bytes, uintptr_t scale, uintpt
             at<uint8_t>(packed));
 }
 
+// Quads in a step of int8 blocks, at the level in use.
+int step_quads() { return rows_together(isa_in_use()); }
+
+PackedWeight blocks_view(uintptr_t packed, int n, int k, int64_t steps) {
+  check(n >= 0, "gemm: n is " + std::to_string(n) + "; allowed: 0 or more");
+  check(k >= 1 && k <= kMaxK,
+        "gemm: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
+  return packed_blocks(at<const uint8_t>(packed), n, k, steps, step_quads());
+}
+
+int64_t bind_count_steps(uintptr_t weight, int n, int k) {
+  py::gil_scoped_release release;
+  return count_steps(at<const int8_t>(weight), n, k, step_quads());
+}
+
+int64_t int8_blocks_bytes(int n, int k, int64_t steps) {
+  blocks_view(0, n, k, steps);
+  return PackedBlocksLayout(n, steps, step_quads()).bytes;
+}
+
+void bind_pack_int8_blocks(uintptr_t weight, uintptr_t scale, int n, int k, int64_t steps, uintptr_t packed) {
+  py::gil_scoped_release release;
+  pack_int8_blocks(at<const int8_t>(weight), at<const float>(scale), n, k, steps, step_quads(), at<uint8_t>(packed));
+}
+
+void bind_gemm_int8_blocks(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k,
+                           int64_t steps, uintptr_t bias, int activation, uintptr_t y, int threads) {
+  check_activation(activation);
+  const GemmArgs args{at<const void>(x),
+                      static_cast<Dtype>(dtype),
+                      x_stride,
+                      m,
+                      blocks_view(packed, n, k, steps),
+                      at<const float>(bias),
+                      static_cast<Activation>(activation),
+                      at<void>(y),
+                      static_cast<Dtype>(dtype),
+                      true,
+                      threads};
+  py::gil_scoped_release release;
+  gemm(args);
+}
+
 int64_t sparse_rows_bytes(int n, int k, int64_t nonzeros) {
   check(n >= 0, "sparse_rows: n is " + std::to_string(n) + "; allowed: 0 or more");
   check(k >= 1 && k <= kMaxK,
@@ -175,7 +218,7 @@ void bind_pack_sparse_rows(uintptr_t values, uintptr_t bitmask, int n, int k, in
 }
 
 void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int64_t nonzeros,
-                      uintptr_t bias, int activation, uintptr_t y, int threads) {
+                      uintptr_t scale, uintptr_t bias, int activation, uintptr_t y, int threads) {
   check_activation(activation);
   sparse_rows_bytes(n, k, nonzeros);
   const SparseRowsArgs args{at<const void>(x),
@@ -186,7 +229,8 @@ void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t
                             at<const float>(bias),
                             static_cast<Activation>(activation),
                             at<void>(y),
-                            threads};
+                            threads,
+                            at<const float>(scale)};
   py::gil_scoped_release release;
   sparse_rows(args);
 }
@@ -213,6 +257,14 @@ void bind_cpu(py::module_& module) {
   module.def("gemm", &bind_gemm);
   module.def("linear_block", &bind_linear_block);
   module.def("recurrent", &bind_recurrent);
+  module.def(
+      "count_ones", [](uintptr_t bitmask, int n, int k) { return count_ones(at<const uint8_t>(bitmask), n, k); },
+      "Ones of a bitmask; -1 if there are some past column k - 1.");
+  module.def("step_bytes", [] { return step_quads() * kPanel * kQuad; }, "Bytes of a step of int8 blocks.");
+  module.def("count_steps", &bind_count_steps, "Steps of k with a weight other than 0, of all panels.");
+  module.def("int8_blocks_bytes", &int8_blocks_bytes, "Bytes of packed int8 blocks.");
+  module.def("pack_int8_blocks", &bind_pack_int8_blocks);
+  module.def("gemm_int8_blocks", &bind_gemm_int8_blocks);
   module.def("sparse_rows_bytes", &sparse_rows_bytes, "Bytes of packed nonzeros.");
   module.def("pack_sparse_rows", &bind_pack_sparse_rows);
   module.def("sparse_rows", &bind_sparse_rows);

@@ -28,6 +28,10 @@ void gemm(const GemmArgs& args);
 
 // The tiled layout from the saved one (docs/formats.md). `packed` has room for PackedLayout's bytes.
 void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* packed);
+// The same in blocks: how many steps hold a weight other than 0, and those packed.
+int64_t count_steps(const int8_t* weight, int n, int k, int step_quads);
+void pack_int8_blocks(const int8_t* weight, const float* scale, int n, int k, int64_t steps, int step_quads,
+                      uint8_t* packed);
 // weight: uint8 rows of row_bytes, a multiple of 4, two k a byte, low nibble first, value + 8. scale: f32 [n, groups].
 // zero: int8 [n, groups] in -8..7, or null for 0.
 void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, const int8_t* zero, int n, int k,

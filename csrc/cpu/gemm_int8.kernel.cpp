@@ -6,7 +6,7 @@
 //
 // Vectors keep sums in registers over the whole of k, so Y is written once and nothing else is; tiles keep them in
 // memory between blocks of k.
-#include "cpu/simd/epilogue.h"
+#include "cpu/simd/epilogue_int8.h"
 #include "cpu/simd/panels.h"
 #if defined(LEPTON_ISA_AMX)
 #include "cpu/simd/tile_blocks.h"
@@ -15,9 +15,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// What dot_s8 takes at a time: quads, and bytes of a panel.
-constexpr int kStepQuads = kTogether, kStepBytes = kStepQuads * kPanel * kQuad;
-
 struct GemmInt8 {
   static constexpr int kRows = kInt8Rows, kPanels = kInt8Panels;
   template <int planes, int rows, int panels>
@@ -25,23 +22,6 @@ struct GemmInt8 {
   template <int planes, int panels>
   static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end);
 };
-
-// Y[row .. row + rows, 16 columns] from the exact sums: rows row_step apart, planes plane_step.
-template <int planes>
-LEPTON_INLINE void write_output(const GemmTile& tile, int row, int rows, int panel, const int32_t* sums, int row_step,
-                                int plane_step) {
-  const I32x16 column_sum = load_i32(tile.weight.sum_i32(panel));
-  const F32x16 scale = load_f32<Dtype::f32>(tile.weight.scale(panel)), bias = load_bias(tile, panel);
-  for (int r = row; r < row + rows; ++r, sums += row_step) {
-    I32x16 exact[planes];
-    unroll<planes>([&]<int plane>() LEPTON_LAMBDA_INLINE {
-      const I32x16 zero = broadcast_i32(tile.q.zero[r * planes + plane]);
-      exact[plane] = sub(load_i32(sums + plane * plane_step), mul(zero, column_sum));
-    });
-    const F32x16 sum = join_planes<planes>(exact[0], exact[planes - 1]);
-    store_output(tile, r, panel, add(mul(sum, mul(broadcast_f32(tile.q.scale[r]), scale)), bias));
-  }
-}
 
 template <int planes, int rows, int panels>
 LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0) {

@@ -48,9 +48,10 @@ GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int ro
   return tile;
 }
 
-GemmTileFn* tile_kernel(const Activations& plan, int bits, Isa isa) {
+GemmTileFn* tile_kernel(const Activations& plan, const PackedWeight& weight, Isa isa) {
   if (plan.integers.out.layout == RowLayout::int16) return select_gemm_int16_tile(isa);
-  return bits == 8 ? select_gemm_int8_tile(isa) : select_gemm_int4_tile(isa);
+  if (weight.step_begin != nullptr) return select_gemm_int8_blocks_tile(isa);
+  return weight.bits == 8 ? select_gemm_int8_tile(isa) : select_gemm_int4_tile(isa);
 }
 
 }  // namespace
@@ -68,7 +69,7 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
     rows.layout = RowLayout::bf16_tiles;
     rows.planes = 1;
     rows.tile_rows = even_tile_rows(m);
-  } else if (isa == Isa::amx && m * rows.planes >= kTileLeastRows) {
+  } else if (isa == Isa::amx && m * rows.planes >= kTileLeastRows && args.weight.step_begin == nullptr) {
     rows.layout = RowLayout::tiles;
     rows.tile_rows = even_tile_rows(m);
   } else if (rows_together(isa) == 2) {
@@ -106,7 +107,7 @@ void multiply_tile(const Activations& plan, const GemmArgs& args, Isa isa, int r
   GemmTile tile = tile_of(plan, args, row0, rows, panel_begin, panel_end);
   thread_local Scratch scratch;
   tile.scratch = scratch.get(size_t(scratch_bytes(tile)));
-  tile_kernel(plan, args.weight.bits, isa)(tile);
+  tile_kernel(plan, args.weight, isa)(tile);
   scratch.trim();
 }
 

@@ -64,6 +64,7 @@ inline int64_t scratch_bytes(const GemmTile& tile) {
 
 using GemmTileFn = void(const GemmTile&);
 LEPTON_KERNEL(gemm_int8_tile, GemmTileFn)
+LEPTON_KERNEL(gemm_int8_blocks_tile, GemmTileFn)
 LEPTON_KERNEL(gemm_int4_tile, GemmTileFn)
 LEPTON_KERNEL_TO_AVX2(gemm_int16_tile, GemmTileFn)
 

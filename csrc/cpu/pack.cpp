@@ -1,4 +1,5 @@
 // pack.cpp - from the saved, device-neutral layout to packed_weight.h's tiles. Runs once a layer.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -41,6 +42,62 @@ void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* 
     scales[column] = scale[column];
     sums[column] = sum;
   }
+}
+
+namespace {
+
+// Calls body(panel, step, rows) for every step of k in a panel that holds a weight other than 0.
+template <typename Body>
+void for_steps(const int8_t* weight, int n, int k, int step_quads, const Body& body) {
+  const int step_k = step_quads * kQuad;
+  for (int panel = 0; panel < divide_up(n, kPanel); ++panel) {
+    const int rows = std::min(kPanel, n - panel * kPanel);
+    const int8_t* first = weight + int64_t(panel) * kPanel * k;
+    for (int step = 0; step < divide_up(k, step_k); ++step) {
+      const int k0 = step * step_k, width = std::min(step_k, k - k0);
+      bool any = false;
+      for (int r = 0; r < rows && !any; ++r)
+        for (int i = 0; i < width; ++i) any = any || first[int64_t(r) * k + k0 + i] != 0;
+      if (any) body(panel, step, rows);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t count_steps(const int8_t* weight, int n, int k, int step_quads) {
+  int64_t steps = 0;
+  for_steps(weight, n, k, step_quads, [&](int, int, int) { ++steps; });
+  return steps;
+}
+
+void pack_int8_blocks(const int8_t* weight, const float* scale, int n, int k, int64_t steps, int step_quads,
+                      uint8_t* packed) {
+  const PackedBlocksLayout layout(n, steps, step_quads);
+  const int panels = divide_up(n, kPanel), step_k = step_quads * kQuad;
+  std::memset(packed, 0, size_t(layout.bytes));
+  auto* scales = reinterpret_cast<float*>(packed + layout.scales);
+  auto* sums = reinterpret_cast<int32_t*>(packed + layout.sums);
+  auto* begin = reinterpret_cast<int64_t*>(packed + layout.begin);
+  auto* place = reinterpret_cast<uint16_t*>(packed + layout.place);
+  for (int column = 0; column < n; ++column) {
+    scales[column] = scale[column];
+    for (int i = 0; i < k; ++i) sums[column] += weight[int64_t(column) * k + i];
+  }
+  int64_t at = 0;
+  for_steps(weight, n, k, step_quads, [&](int panel, int step, int rows) {
+    uint8_t* out = packed + at * step_quads * kPanel * kQuad;
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* row = weight + int64_t(panel * kPanel + r) * k;
+      for (int i = step * step_k; i < std::min(k, (step + 1) * step_k); ++i) {
+        const int quad = i % step_k / kQuad;
+        out[(quad * kPanel + r) * kQuad + i % kQuad] = static_cast<uint8_t>(row[i]);
+      }
+    }
+    place[at++] = uint16_t(step);
+    ++begin[panel + 1];
+  });
+  for (int panel = 0; panel < panels; ++panel) begin[panel + 1] += begin[panel];
 }
 
 void pack_int4(const uint8_t* weight, int64_t row_bytes, const float* scale, const int8_t* zero, int n, int k,

@@ -7,6 +7,12 @@
 //   8 bit   data    int8  [panels][k4 / 4][16][4]      k4 = k rounded up to 4; zero-padded
 //           scale   f32   [panels][16]
 //           sum     i32   [panels][16]                 of the column's integers
+//   8 bit in blocks: of each panel only the steps of k that hold a weight other than 0; a step is one quad, or two
+//   where the level multiplies two at a time (rows_together in quantize_rows.h)
+//           data    int8  [steps][16][4] or [steps][2][16][4]
+//           scale, sum as above
+//           begin   i64   [panels + 1]                 a panel's first step among all
+//           place   u16   [steps]                      of the step in k, in steps
 //   4 bit   data    uint8 [panels][k16 / 16][2][16][4] k16 = k rounded up to 16. Byte [b][j][c][i] holds k = 16 b + 8 j
 //                                                      + i in its low nibble and k + 4 in its high one, as 0..15
 //           scale   f32   [panels][groups][16]
@@ -38,8 +44,10 @@ struct PackedWeight {
   bool symmetric;  // 4 bit: every zero point is 8
   const uint8_t* data;
   const float* scales;
-  const uint8_t* zeros;  // null where absent
-  const void* sums;      // int32_t or float
+  const uint8_t* zeros;                 // null where absent
+  const void* sums;                     // int32_t or float
+  const int64_t* step_begin = nullptr;  // in blocks; else null
+  const uint16_t* step_place = nullptr;
 
   int panels() const { return divide_up(n, kPanel); }
   int groups() const { return bits == 8 ? 1 : divide_up(k, group); }
@@ -89,6 +97,30 @@ struct PackedLayout {
     bytes = sums + int64_t(shape.panels()) * kPanel * 4 + 64 * kPanel * shape.bits / 8;
   }
 };
+
+// The same of 8-bit weights in blocks. step_quads: quads in a step.
+struct PackedBlocksLayout {
+  int64_t scales, sums, begin, place, bytes;
+
+  PackedBlocksLayout(int n, int64_t steps, int step_quads) {
+    const int64_t panels = divide_up(n, kPanel);
+    scales = steps * step_quads * kPanel * kQuad;
+    sums = scales + panels * kPanel * 4;
+    begin = sums + panels * kPanel * 4;
+    place = begin + (panels + 1) * 8;
+    bytes = place + steps * 2;
+  }
+};
+
+inline PackedWeight packed_blocks(const uint8_t* packed, int n, int k, int64_t steps, int step_quads) {
+  const PackedBlocksLayout layout(n, steps, step_quads);
+  PackedWeight weight{n, k, 8, k, true, packed, nullptr, nullptr, nullptr};
+  weight.scales = reinterpret_cast<const float*>(packed + layout.scales);
+  weight.sums = packed + layout.sums;
+  weight.step_begin = reinterpret_cast<const int64_t*>(packed + layout.begin);
+  weight.step_place = reinterpret_cast<const uint16_t*>(packed + layout.place);
+  return weight;
+}
 
 // The view of a packed weight of this shape at `packed`.
 inline PackedWeight packed_weight(const uint8_t* packed, int n, int k, int bits, int group, bool symmetric) {

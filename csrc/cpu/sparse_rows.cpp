@@ -63,8 +63,32 @@ void one_row(const SparseRowsArgs& args, Isa isa, int threads) {
   select_widen_row(isa)({args.x, args.dtype, args.weight.k, x});
   parallel_for(args.weight.blocks(), threads, [&](int block) {
     alignas(64) float sums[kSparseRows];
-    select_sparse_rows_vector(isa)({args.weight, block, 0, x, sums, output_of(args, 0, 1)});
+    select_sparse_rows_vector(isa)({args.weight, block, 0, x, sums, output_of(args, 0, 1), nullptr});
   });
+}
+
+// Rows of X as uint8, each with its scale and zero point.
+QuantizedRows quantize(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int threads, Scratch& scratch) {
+  QuantizedRows q{};
+  q.layout = RowLayout::bytes;
+  q.planes = 1;
+  q.stride = round_up(args.weight.k, 64);
+  const int padded = round_up(rows, 16);
+  char* memory = static_cast<char*>(scratch.get(size_t(padded) * (size_t(q.stride) + 8)));
+  q.q = reinterpret_cast<uint8_t*>(memory);
+  q.scale = reinterpret_cast<float*>(memory + padded * q.stride);
+  q.zero = reinterpret_cast<int32_t*>(q.scale + padded);
+  const int parts = std::min(rows, 4 * threads), each = round_up(divide_up(rows, parts), 2);  // 2: of RowLayout::pairs
+  parallel_for(divide_up(rows, each), threads, [&](int i) {
+    select_quantize_rows(isa)({row_of(args, row_begin), args.dtype, args.x_stride, i * each,
+                               std::min((i + 1) * each, rows), args.weight.k, args.weight.k, q});
+  });
+  return q;
+}
+
+// The rows of a panel, which begins at a multiple of 16 rows.
+QuantizedRows of_panel(const QuantizedRows& q, const Panel& panel) {
+  return q.q == nullptr ? q : q.from(panel.row0, 1);
 }
 
 void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int threads) {
@@ -79,18 +103,22 @@ void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int
     next += int64_t(panels[p].vectors) * kLanes * k;
   }
   const int parts = divide_up(k, kSparseSlice);
+  thread_local Scratch quantized;
+  const QuantizedRows q =
+      args.scale == nullptr ? QuantizedRows{} : quantize(args, isa, row_begin, rows, threads, quantized);
   parallel_for(int(panels.size()) * parts, threads, [&](int i) {
     const Panel& panel = panels[i / parts];
     const int begin = i % parts * kSparseSlice;
-    select_turn_rows(isa)({row_of(args, row_begin + panel.row0), args.dtype, args.x_stride, panel.rows, panel.vectors,
-                           begin, std::min(begin + kSparseSlice, k), places[i / parts]});
+    select_turn_rows(isa)({row_of(args, row_begin + panel.row0), args.dtype, args.x_stride, of_panel(q, panel),
+                           panel.rows, panel.vectors, begin, std::min(begin + kSparseSlice, k), places[i / parts]});
   });
   parallel_for(int(panels.size()) * blocks, threads, [&](int i) {
     thread_local Scratch sums;
     const Panel& panel = panels[i / blocks];
+    GemmTile out = output_of(args, row_begin + panel.row0, panel.rows);
+    out.q = of_panel(q, panel);
     select_sparse_rows_tile(isa)({args.weight, i % blocks, panel.vectors, places[i / blocks],
-                                  sums.floats(int64_t(kSparseRows) * kLanes * panel.vectors),
-                                  output_of(args, row_begin + panel.row0, panel.rows)});
+                                  sums.floats(int64_t(kSparseRows) * kLanes * panel.vectors), out, args.scale});
   });
   turned.trim();
 }
@@ -103,7 +131,7 @@ void sparse_rows(const SparseRowsArgs& args) {
   const int64_t nonzeros = args.weight.begin[int64_t(args.weight.blocks()) * args.weight.slices()];
   const int threads = args.m * nonzeros < kParallelWork ? 1 : std::max(1, args.threads);
   advise_huge_pages(args.y, int64_t(args.m) * args.weight.n * dtype_bytes(args.dtype));
-  if (args.m == 1) return one_row(args, isa, threads);
+  if (args.m == 1 && args.scale == nullptr) return one_row(args, isa, threads);
   const int parts = divide_up(args.m, kMostRows), each = round_up(divide_up(args.m, parts), kLanes);
   for (int row = 0; row < args.m; row += each) many_rows(args, isa, row, std::min(each, args.m - row), threads);
 }

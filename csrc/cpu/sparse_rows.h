@@ -11,6 +11,10 @@
 //   count  uint16 [blocks][slices][128]           nonzeros of that row
 //   value  f32    [nonzeros]
 //   place  uint16 [nonzeros]                      the column, less the slice's first
+//
+// int8 weights (w8a8) run through the same streams, as floats against float(q - zero) of quantized activations: sums of
+// up to 128 such products are integers below 2^22, so they are exact, and int32 adds them up. The results are those of
+// gemm_int8 to the last bit.
 #pragma once
 
 #include <stdint.h>
@@ -83,6 +87,7 @@ struct SparseRowsArgs {
   Activation activation;
   void* y;  // [m, n], rows contiguous
   int threads;
+  const float* scale = nullptr;  // [n] of int8 weights, whose activations are quantized; null where weights are floats
 };
 
 void sparse_rows(const SparseRowsArgs& args);
@@ -91,17 +96,19 @@ void sparse_rows(const SparseRowsArgs& args);
 struct SparseRowsTile {
   SparseRows weight;
   int block;
-  int vectors;     // of 16 rows of X side by side, a power of two up to sparse_vectors(isa)
-  const float* x;  // turned: [k][16 * vectors]; of one row: [k]
-  float* sums;     // [kSparseRows][16 * vectors], 64-byte aligned
-  GemmTile out;    // rows, and where Y goes (weight.n, bias, activation, y)
+  int vectors;         // of 16 rows of X side by side, a power of two up to sparse_vectors(isa)
+  const float* x;      // turned: [k][16 * vectors]; of one row: [k]
+  void* sums;          // float or int32 [kSparseRows][16 * vectors], 64-byte aligned
+  GemmTile out;        // rows, and where Y goes (weight.n, bias, activation, y); of int8 weights also q
+  const float* scale;  // as in SparseRowsArgs
 };
 
-// Rows [row_begin, row_end) of X, at most 16 * vectors, to columns [k_begin, k_end) of `turned`; rows past them are 0.
+// Columns [k_begin, k_end) of some rows of X, at most 16 * vectors, to `turned`; rows past them are 0.
 struct TurnArgs {
   const void* x;
   Dtype dtype;
   int64_t x_stride;
+  QuantizedRows q;  // in place of x where q.q is not null: float(q - zero), layout bytes
   int rows, vectors;
   int k_begin, k_end;
   float* turned;

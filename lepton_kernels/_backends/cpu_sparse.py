@@ -1,14 +1,32 @@
-"""Products with sparse weights on CPU tensors: the native kernels behind sparse_linear."""
+"""Products with sparse weights on CPU tensors: the native kernels behind sparse_linear.
+
+int8 weights are stored for one of three kernels, whichever the shape, the zeros and the level make the fastest: blocks
+of 16 x 4 (gemm_int8_blocks), streams of nonzeros (sparse_rows) or, where too few of the weights are zeros, all of them
+(gemm_int8). They give the same bits.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lepton_kernels import reference
+from lepton_kernels._backends import cpu
 from lepton_kernels._backends.codes import ACTIVATION_CODES, DTYPE_CODES
 from lepton_kernels._backends.cpu import _address, _as_f32, _rows
 from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
+
+# Time of a stream's nonzero over that of a weight of the dense int8 kernel. Measured: 4096 x 4096, 16 and 128 rows, on
+# the AVX2 machine of bench/RESULTS.md. The others: half of the level's peak of float multiply-adds over its int8 peak,
+# by what bench/roof.py gave (avx512*, amx) or by instructions (generic, ssse3, avxvnni, neon*).
+_STREAM_COST = {
+    "generic": 2.0, "ssse3": 2.0, "avx2": 2.9, "avxvnni": 5.0, "avx512vnni": 8.0, "avx512vbmi2": 8.0, "amx": 30.0,
+    "neondot": 8.0, "neoni8mm": 16.0,
+}  # fmt: skip
+_STREAM_START = 0.15  # of the dense kernel's time: activations are turned, sums come and go
+_BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
+_STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
 
 
 class PackedRows(NamedTuple):
@@ -19,25 +37,96 @@ class PackedRows(NamedTuple):
     n: int
     k: int
     nonzeros: int
+    scale: Tensor | None  # f32 [n] of int8 weights
 
 
-_packed: Derived[PackedRows] = Derived()
+class PackedBlocks(NamedTuple):
+    """int8 blocks (csrc/cpu/packed_weight.h)."""
+
+    data: Tensor  # uint8 [bytes], 64-byte aligned
+    address: int
+    n: int
+    k: int
+    steps: int
 
 
-def pack_rows(weight_compressed: Tensor, weight_bitmask: Tensor, k: int) -> PackedRows:
-    """The streams of weight_compressed [nonzeros] and weight_bitmask uint8 [n, ceil(k / 8)]; made once.
+class Int8Weight(NamedTuple):
+    """A sparse int8 weight: what the choice of a kernel needs, and its saved tensors."""
 
-    Raises ValueError where the bitmask does not have as many ones as there are values, or has some past k.
+    values: Tensor
+    bitmask: Tensor
+    scale: Tensor
+    n: int
+    k: int
+    steps: int  # stored blocks of all panels
+    blocks: float  # the share of weights in them
+
+    def kernel(self, m: int) -> str:
+        """Which kernel is the fastest for m rows: "dense", "blocks" or "streams"."""
+        density = self.values.numel() / (self.n * self.k)
+        streams = _STREAM_START + density * _STREAM_COST[C.isa()] * max(1.0, _STREAM_ROWS / max(m, 1))
+        costs = {"dense": 1.0, "blocks": _BLOCK_COST * self.blocks, "streams": streams}
+        return min(costs, key=costs.__getitem__)
+
+
+_streams: Derived[PackedRows] = Derived()
+_int8: Derived[Int8Weight] = Derived()
+_blocks: Derived[PackedBlocks] = Derived()
+_dense: Derived[cpu.Packed] = Derived()
+
+
+def pack_rows(values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = None) -> PackedRows:
+    """The streams of values [nonzeros] and bitmask uint8 [n, ceil(k / 8)]; made once.
+
+    scale: f32 [n, 1] of int8 values. Raises ValueError where the bitmask does not have as many ones as there are
+    values, or has some past k.
     """
 
     def make() -> PackedRows:
-        n, nonzeros = weight_bitmask.shape[0], weight_compressed.numel()
+        n, nonzeros = bitmask.shape[0], values.numel()
         data = torch.empty(C.sparse_rows_bytes(n, k, nonzeros), dtype=torch.uint8)
-        values, mask = weight_compressed.to(torch.float32).contiguous(), weight_bitmask.contiguous()
-        C.pack_sparse_rows(values.data_ptr(), mask.data_ptr(), n, k, nonzeros, data.data_ptr())
-        return PackedRows(data, data.data_ptr(), n, k, nonzeros)
+        floats, mask = values.to(torch.float32).contiguous(), bitmask.contiguous()
+        C.pack_sparse_rows(floats.data_ptr(), mask.data_ptr(), n, k, nonzeros, data.data_ptr())
+        scales = None if scale is None else scale.to(torch.float32).flatten().contiguous()
+        return PackedRows(data, data.data_ptr(), n, k, nonzeros, scales)
 
-    return _packed.get((weight_compressed, weight_bitmask), (k,), make)
+    return _streams.get((values, bitmask, *(() if scale is None else (scale,))), (k,), make)
+
+
+def pack_int8(values: Tensor, bitmask: Tensor, scale: Tensor, k: int) -> Int8Weight:
+    """A sparse int8 weight of values int8 [nonzeros], bitmask and scale f32 [n, 1]; looked at once.
+
+    Raises ValueError as pack_rows.
+    """
+
+    def make() -> Int8Weight:
+        n = bitmask.shape[0]
+        ones = C.count_ones(bitmask.contiguous().data_ptr(), n, k)
+        if ones != values.numel():
+            raise ValueError(f"the bitmask has {ones} ones up to column {k - 1}; allowed: {values.numel()}")
+        dense = reference.expand_sparse(values, bitmask, k)
+        steps = C.count_steps(dense.data_ptr(), n, k)
+        return Int8Weight(values, bitmask, scale, n, k, steps, steps * C.step_bytes() / max(n * k, 1))
+
+    return _int8.get((values, bitmask, scale), (k,), make)
+
+
+def _pack_blocks(weight: Int8Weight) -> PackedBlocks:
+    def make() -> PackedBlocks:
+        n, k, steps = weight.n, weight.k, weight.steps
+        data = torch.empty(C.int8_blocks_bytes(n, k, steps), dtype=torch.uint8)
+        dense, scale = reference.expand_sparse(weight.values, weight.bitmask, k), weight.scale.float().contiguous()
+        C.pack_int8_blocks(dense.data_ptr(), scale.data_ptr(), n, k, steps, data.data_ptr())
+        return PackedBlocks(data, data.data_ptr(), n, k, steps)
+
+    return _blocks.get((weight.values, weight.bitmask, weight.scale), (weight.k,), make)
+
+
+def _pack_dense(weight: Int8Weight) -> cpu.Packed:
+    def make() -> cpu.Packed:
+        return cpu.make_int8(reference.expand_sparse(weight.values, weight.bitmask, weight.k), weight.scale)
+
+    return _dense.get((weight.values, weight.bitmask, weight.scale), (weight.k,), make)
 
 
 def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -47,13 +136,45 @@ def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: 
     bias = _as_f32(bias)
     C.sparse_rows(
         rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.nonzeros,
+        _address(packed.scale), _address(bias), ACTIVATION_CODES[activation], y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def gemm_int8_blocks(x: Tensor, packed: PackedBlocks, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """The same with int8 blocks, activations quantized."""
+    rows, m, stride = _rows(x, packed.k)
+    y = x.new_empty(*x.shape[:-1], packed.n)
+    bias = _as_f32(bias)
+    C.gemm_int8_blocks(
+        rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.steps,
         _address(bias), ACTIVATION_CODES[activation], y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
+def int8_product(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, activation: str = "none", kernel: str | None = None
+) -> Tensor:
+    """Y[..., n] = activation(w8a8(X[..., k], W) + bias) by the kernel that is named, or the fastest one."""
+    kernel = kernel or weight.kernel(x.numel() // weight.k)
+    if kernel == "blocks":
+        return gemm_int8_blocks(x, _pack_blocks(weight), bias, activation)
+    if kernel == "streams":
+        return sparse_rows(x, pack_rows(weight.values, weight.bitmask, weight.k, weight.scale), bias, activation)
+    return cpu.gemm(x, _pack_dense(weight), bias, True, activation)
+
+
 def sparse_linear(
-    x: Tensor, weight_compressed: Tensor, weight_bitmask: Tensor, bias: Tensor | None, activation: str = "none"
+    x: Tensor,
+    weight_compressed: Tensor,
+    weight_bitmask: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "none",
 ) -> Tensor:
     """The operator lepton::sparse_linear on the CPU."""
-    return sparse_rows(x, pack_rows(weight_compressed, weight_bitmask, x.shape[-1]), bias, activation)
+    k = x.shape[-1]
+    if weight_scale is None:
+        return sparse_rows(x, pack_rows(weight_compressed, weight_bitmask, k), bias, activation)
+    return int8_product(x, pack_int8(weight_compressed, weight_bitmask, weight_scale, k), bias, activation)

@@ -43,7 +43,7 @@ class InputStatistics:
         return weight.square() * _for_rows(self.squares / max(self.samples, 1), len(weight))
 
     def output_error(self, before: Tensor, after: Tensor) -> float:
-        """|X (after - before)^T| / |X before^T|, Frobenius norms over all samples; by the squares where there is no gram."""
+        """|X (after - before)^T| / |X before^T|, Frobenius norms over all samples; without a gram by the squares."""
         lost, whole = self._energy(after - before), self._energy(before)
         return (lost / whole) ** 0.5 if whole > 0 else 0.0
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lepton_kernels._select import Selector
+from lepton_kernels.pattern import Pattern
 from lepton_kernels.sparse.calibration import as_matrix
-from lepton_kernels.sparse.pattern import Pattern
 
 
 class Mask(nn.Module):

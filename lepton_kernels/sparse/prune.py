@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
+from lepton_kernels.pattern import Pattern
 from lepton_kernels.sparse import sparsegpt
 from lepton_kernels.sparse.calibration import InputStatistics, Layer, as_matrix, collect
 from lepton_kernels.sparse.masks import fix, stored_weight
-from lepton_kernels.sparse.pattern import Pattern
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "global", "sensitivity")

@@ -12,7 +12,7 @@ the same share of every column, where the paper's, a share of the mean, drowns i
 import torch
 from torch import Tensor
 
-from lepton_kernels.sparse.pattern import Pattern
+from lepton_kernels.pattern import Pattern
 
 _BLOCK = 128  # columns whose mask is chosen at once, as in the paper
 _DAMPING = 0.01  # added to the diagonal, which is 1; ten times as much whenever that is not enough

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantLinear, SparseLinear
+from lepton_kernels.pattern import Pattern
 from lepton_kernels.scheme import QuantScheme
 from lepton_kernels.sparse.masks import finalize_
 
@@ -86,6 +87,8 @@ def _candidates(layer: nn.Linear, scheme: QuantScheme | None) -> dict[str, Calla
     }
     if scheme is not None:
         out[scheme.name] = lambda: QuantLinear.from_linear(layer, scheme)
+        if scheme.name == "w8a8":
+            out["sparse w8a8"] = lambda: SparseLinear.from_linear(layer, scheme="w8a8")
     return out
 
 
@@ -116,11 +119,11 @@ def sparsify_(
     """Replaces every nn.Linear of `model` by its fastest form on this machine, in place; prune_ comes first.
 
     Candidates: the dense layer as it is, SparseLinear (the same weights to the bit), and with `scheme` ("w8a8", ...)
-    QuantLinear. Each is timed in turn with `rows` rows of random input, on torch's number of threads; the one with the
-    least product of its times wins, the dense layer stays where no other takes under 0.97 of its time. Layers of one
-    shape, type and share of zeros (to a hundredth) are measured once. Masks (prune_(keep_masks=True), GradualPruner)
-    are dropped first. Returns a row a layer with all times. Raises ValueError when a selector matches nothing, `rows` is
-    empty or has a number below 1, or there is no layer to look at.
+    QuantLinear, and with "w8a8" SparseLinear of int8 weights. Each is timed in turn with `rows` rows of random input, on
+    torch's number of threads; the one with the least product of its times wins, the dense layer stays where no other
+    takes under 0.97 of its time. Layers of one shape, type, pattern and share of zeros (to a hundredth) are measured
+    once. Masks (prune_(keep_masks=True), GradualPruner) are dropped first. Returns a row a layer with all times. Raises
+    ValueError when a selector matches nothing, `rows` is empty or has a number below 1, or there is no layer to look at.
     """
     chosen_scheme = None if scheme is None else QuantScheme.of(scheme)
     counts = tuple(rows)
@@ -153,7 +156,7 @@ def sparsify_(
             setattr(parent, attribute, made[id(module)][1])
             continue
         builders = _candidates(module, chosen_scheme)
-        key = (shape, module.weight.dtype, round(zeros, 2))
+        key = (shape, module.weight.dtype, round(zeros, 2), Pattern.detect(module.weight != 0))
         if key not in measured:
             layers = {label: build() for label, build in builders.items()}
             inputs = [torch.randn(count, module.in_features, dtype=module.weight.dtype) for count in counts]

@@ -37,8 +37,8 @@ def make(n: int, k: int, sparsity: float, dtype: torch.dtype, rng: torch.Generat
 def check(m: int, n: int, k: int, sparsity: float, dtype: torch.dtype, activation: str, rng: torch.Generator) -> None:
     weight, values, bitmask = make(n, k, sparsity, dtype, rng)
     x, bias = torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
-    got = sparse_linear(x, values, bitmask, bias, activation)
-    want = reference.sparse_linear(x, values, bitmask, bias, activation)
+    got = sparse_linear(x, values, bitmask, None, bias, activation)
+    want = reference.sparse_linear(x, values, bitmask, None, bias, activation)
     assert got.dtype == dtype
     assert got.shape == (m, n)
     magnitude = x.float().abs() @ weight.float().abs().T + bias.abs()
@@ -101,21 +101,21 @@ def test_threads_and_rows_do_not_change_a_result(rng):
 def test_strided_rows_and_leading_dimensions(rng):
     _, values, bitmask = make(40, 50, 0.6, torch.float32, rng)
     x = torch.randn(24, 50, generator=rng)
-    want = sparse_linear(x, values, bitmask, None)
+    want = sparse_linear(x, values, bitmask, None, None)
     wide = torch.full((24, 120), torch.nan)
     wide[:, 30:80] = x
-    assert torch.equal(sparse_linear(wide[:, 30:80], values, bitmask, None), want)
-    assert torch.equal(sparse_linear(x.view(2, 3, 4, 50), values, bitmask, None), want.view(2, 3, 4, 40))
+    assert torch.equal(sparse_linear(wide[:, 30:80], values, bitmask, None, None), want)
+    assert torch.equal(sparse_linear(x.view(2, 3, 4, 50), values, bitmask, None, None), want.view(2, 3, 4, 40))
     one = torch.full((1, 120), torch.nan)
     one[:, 30:80] = x[0]
-    torch.testing.assert_close(sparse_linear(one[:, 30:80], values, bitmask, None), want[:1])
+    torch.testing.assert_close(sparse_linear(one[:, 30:80], values, bitmask, None, None), want[:1])
 
 
 def test_nan_stays_in_its_row_and_zeros_hide_it(rng):
     weight, values, bitmask = make(20, 30, 0.5, torch.float32, rng)
     x = torch.randn(70, 30, generator=rng)
     x[3, 4] = torch.nan
-    y = sparse_linear(x, values, bitmask, None)
+    y = sparse_linear(x, values, bitmask, None, None)
     assert torch.equal(y.isnan()[3], weight[:, 4] != 0)
     assert not y[[i for i in range(70) if i != 3]].isnan().any()
 
@@ -124,8 +124,8 @@ def test_masks_that_lie_are_refused(rng):
     _, values, bitmask = make(20, 30, 0.5, torch.float32, rng)
     x = torch.randn(2, 30)
     with pytest.raises(ValueError, match=rf"the bitmask has {len(values)} ones; allowed: {len(values) - 1}"):
-        sparse_linear(x, values[1:].clone(), bitmask, None)
+        sparse_linear(x, values[1:].clone(), bitmask, None, None)
     bad = bitmask.clone()
     bad[0, 3] |= 0x80  # column 31 of 30
     with pytest.raises(ValueError, match="ones past column 29"):
-        sparse_linear(x, torch.cat([values, values[:1]]), bad, None)
+        sparse_linear(x, torch.cat([values, values[:1]]), bad, None, None)

@@ -73,3 +73,20 @@ def test_the_share_that_a_pattern_fixes():
     assert Pattern.of("2:4").sparsity == 0.5
     assert Pattern.of("1:4").sparsity == 0.75
     assert Pattern.of("16x1").sparsity is None
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "16x1", "1x4", "16x4", "32x32"])
+def test_what_keep_makes_is_detected(text):
+    energy, pattern = energies(128, 256), Pattern.of(text)
+    mask = pattern.keep(energy, 0.7)
+    assert pattern.fits(mask)
+    assert Pattern.detect(mask) == pattern
+
+
+def test_what_is_no_pattern():
+    energy = energies(128, 256)
+    mask = Pattern.of("unstructured").keep(energy, 0.5)
+    assert Pattern.detect(mask) == Pattern.of("unstructured")
+    assert Pattern.detect(torch.ones(4, 4, dtype=torch.bool)) == Pattern.of("unstructured")
+    assert not Pattern.of("2:4").fits(mask)
+    assert not Pattern.of("16x4").fits(mask)

@@ -34,12 +34,37 @@ def test_it_is_the_linear_layer_without_its_zeros(dtype):
     assert "sparsity=0.7000" in repr(layer)
 
 
+def test_a_sparse_quantized_layer_is_the_quantized_layer():
+    linear = pruned(400, 300, 0.8)
+    layer, want = lk.nn.SparseLinear.from_linear(linear, scheme="w8a8"), lk.nn.QuantLinear.from_linear(linear, "w8a8")
+    x = torch.randn(9, 400)
+    assert torch.equal(layer(x), want(x))
+    assert torch.equal(layer.weight, want.weight)
+    assert torch.equal(layer.half().float()(x), want(x))
+    assert "scheme=w8a8" in repr(layer)
+    y = torch.compile(layer, fullgraph=True)(x)
+    assert torch.equal(y, want(x))
+    x.requires_grad_()
+    assert torch.autograd.grad(layer(x).sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("16x4", 0.7), ("16x1", 0.7)])
+def test_patterns_are_detected(pattern, sparsity):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    lk.prune_(nn.Sequential(linear), sparsity, pattern=pattern)
+    layer = lk.nn.SparseLinear.from_linear(linear, pattern=pattern)
+    assert str(layer.pattern) == pattern
+    with pytest.raises(ValueError, match="the weight's zeros are unstructured; allowed with pattern '2:4'"):
+        lk.nn.SparseLinear.from_linear(pruned(), pattern="2:4")
+
+
 def test_gradients():
     layer = lk.nn.SparseLinear.from_linear(pruned(), activation="gelu")
     x = torch.randn(4, 40, dtype=torch.float32, requires_grad=True)
     values = layer.weight_compressed.clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
-    y = sparse_linear(x, values, layer.weight_bitmask, bias, "gelu")
+    y = sparse_linear(x, values, layer.weight_bitmask, None, bias, "gelu")
     got = torch.autograd.grad(y.square().sum(), (x, values, bias))
     weight = layer.weight.requires_grad_()
     dense = nn.functional.gelu(nn.functional.linear(x, weight, bias))
@@ -52,7 +77,9 @@ def test_gradients():
 def test_the_operator_is_sound():
     layer = lk.nn.SparseLinear.from_linear(pruned())
     values = layer.weight_compressed.clone().requires_grad_()
-    torch.library.opcheck(sparse_linear, (torch.randn(3, 40, requires_grad=True), values, layer.weight_bitmask, None))
+    torch.library.opcheck(
+        sparse_linear, (torch.randn(3, 40, requires_grad=True), values, layer.weight_bitmask, None, None)
+    )
 
 
 def test_compile_export_copies_and_pickle():
@@ -82,11 +109,12 @@ def test_state_dict_and_the_meta_device():
     torch.testing.assert_close(layer(x), want)
 
 
+@pytest.mark.parametrize("scheme", [None, "w8a8"])
 @pytest.mark.parametrize("codec", ["huffman", "none"])
-def test_files(tmp_path, codec):
+def test_files(tmp_path, codec, scheme):
     model = nn.Sequential(pruned(400, 300, 0.8), nn.ReLU(), nn.Linear(300, 5))
     dense = copy.deepcopy(model)
-    model[0] = lk.nn.SparseLinear.from_linear(model[0], activation="relu")
+    model[0] = lk.nn.SparseLinear.from_linear(model[0], scheme=scheme, activation="relu")
     lk.save(model, tmp_path / "a", codec)
     loaded = lk.load(tmp_path / "a", model=dense)
     assert isinstance(loaded[0], lk.nn.SparseLinear)
@@ -105,6 +133,7 @@ def test_files(tmp_path, codec):
         ((3, 0, 0), "out_features is 0"),
         ((3, 3, 10), "nonzeros is 10; allowed: 0 to 9"),
         ((3, 3, 3, True, torch.float64), "dtype is torch.float64"),
+        ((3, 3, 3, True, torch.float32, None, "none", "w4a8"), "scheme is 'w4a8'; allowed: None, 'w8a8'"),
     ],
 )
 def test_errors(arguments, text):
@@ -147,12 +176,13 @@ def test_sparsify_measures_and_replaces(monkeypatch):
 
 def test_sparsify_with_a_scheme_knows_dense_quantized_layers(monkeypatch):
     monkeypatch.setattr(
-        "lepton_kernels.sparse.sparsify._in_turn", lambda candidates, x: {"dense": 3.0, "sparse": 2.0, "w8a8": 1.0}
+        "lepton_kernels.sparse.sparsify._in_turn",
+        lambda candidates, x: {"dense": 3.0, "sparse": 2.0, "w8a8": 1.0, "sparse w8a8": 1.5},
     )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 1024))
     report = sparsify_(model, scheme="w8a8", rows=(64,))
-    assert set(report.rows[0].milliseconds) == {"dense", "sparse", "w8a8"}
+    assert set(report.rows[0].milliseconds) == {"dense", "sparse", "w8a8", "sparse w8a8"}
     assert report.rows[0].chosen == "w8a8"
     assert isinstance(model[0], lk.nn.QuantLinear)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_BLOCK_SHARE = 0.9
+_DETECTED = ("32x32", "16x4", "16x1", "1x4", "1:4", "2:4", "unstructured")
 _EXAMPLES = "'unstructured', N:M as '2:4' with N < M, blocks as '16x1', '1x4', '16x4', '32x32'"
 
 
@@ -45,6 +47,27 @@ class Pattern:
     def sparsity(self) -> float | None:
         """The share of zeros where the pattern fixes it."""
         return 1 - self.first / self.second if self.kind == "n:m" else None
+
+    def fits(self, mask: Tensor) -> bool:
+        """Whether weights that stay where mask [rows, columns] is True have this pattern: at most N of M; of blocks,
+        that nine tenths of the zeros and more lie in blocks of zeros."""
+        if self.kind == "unstructured":
+            return True
+        if self.kind == "n:m":
+            groups = functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % self.second))
+            return bool((groups.view(len(mask), -1, self.second).sum(2) <= self.first).all())
+        empty = ~(_blocks(mask.to(torch.uint8), self.first, self.second) > 0).any(3).any(1)
+        zeros = mask.numel() - int(mask.count_nonzero())
+        return int((self._sizes(mask) * empty).sum()) >= _BLOCK_SHARE * zeros
+
+    @classmethod
+    def detect(cls, mask: Tensor) -> "Pattern":
+        """The pattern that mask [rows, columns] fits: the largest of the usual blocks, 1:4, 2:4, or unstructured."""
+        if bool(mask.all()):
+            return cls("unstructured")
+        return next(
+            p for p in map(cls.of, ("32x32", "16x4", "16x1", "1x4", "1:4", "2:4", "unstructured")) if p.fits(mask)
+        )
 
     def units(self, energy: Tensor) -> Tensor:
         """What goes or stays as one, from what is lost with each weight [rows, columns]: a block's mean; else each."""
