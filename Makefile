@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-BENCHES := bench-gemm bench-codec bench-pipeline bench-prune bench-recurrent
+BENCHES := bench-gemm bench-sparse bench-codec bench-pipeline bench-prune bench-recurrent
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
@@ -35,6 +35,7 @@ test: .venv/.native ## All tests
 # Alone on the machine, or the figures are noise. ARGS (`-k 384`) and LEPTON_BENCH_CASES=quick: a look that writes nothing.
 bench: $(BENCHES) ## Everything beside its peers and the machine's limits; writes bench/RESULTS.md
 bench-gemm: ## Its GEMM part: table, plot and targets; LEPTON_BENCH_CASES=quick or full
+bench-sparse: ## Its sparse part: tables, crossover plot and targets
 bench-codec: ## Its codec part
 bench-pipeline: ## Its part on a whole model
 bench-prune: ## Its pruning part

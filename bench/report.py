@@ -1,6 +1,6 @@
 """Writes one part of one machine's section of RESULTS.md: python bench/report.py PART JSON... [--results FILE]
 
-PART: gemm, codec, pipeline, prune or recurrent. JSON: files of pytest-benchmark and of roof.py, in any number; of a
+PART: one that bench/run.py has. JSON: files of pytest-benchmark and of roof.py, in any number; of a
 limit measured more than once the best counts. A section stands between two marker lines that hold the CPU's name, a
 part in it between two of its own; each replaces its predecessor, and all other text stays as it is. With --print
 nothing is written.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import report_codec
 import report_gemm
+import report_sparse
 from tables import Run, markdown, milliseconds, runs_of
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -30,6 +31,8 @@ NOTES = {
     "onnxruntime and torch sum int8 products in saturating 16 bits.",
     "prune": "ms.",
     "recurrent": "ms; the whole sequence.",
+    "sparse": "Y = X W^T, all of the same pruned weight; `dense`: all of it. The fastest dense float product of torch, "
+    "onnxruntime and OpenVINO is what fp32 is held against. Sparse matrices of torch and scipy get X turned.",
     "gemm": "Limits: the best of a measurement before and one after. Peers of a row: full layers whose weights have as "
     "many bits or more. `bf16`: X and Y are bf16, elsewhere fp32. `from memory`: the weights of each call from DRAM.",
 }
@@ -99,6 +102,8 @@ def part_body(part: str, files: list[dict], folder: Path) -> tuple[str, str]:
         lines += ["", *report_gemm.body(by_level.pop(machine["isa"]), limits, folder, machine["cpu"])]
         for level, older in by_level.items():
             lines += ["", *report_gemm.level_table(level, older)]
+    elif part == "sparse":
+        lines += report_sparse.body(runs, folder, machine["cpu"])
     elif part == "codec":
         lines += report_codec.body(runs)
     else:

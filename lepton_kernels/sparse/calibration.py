@@ -59,20 +59,16 @@ def _for_rows(by_group: Tensor, rows: int) -> Tensor:
     return by_group.repeat_interleave(rows // len(by_group), 0)
 
 
-def run(model: nn.Module, calibration: Iterable[Any]) -> Iterator[None]:
-    """Runs the model on each of its inputs: a tensor, a tuple or list of arguments, or a mapping of keywords."""
-    for item in calibration:
-        if isinstance(item, Mapping):
-            model(**item)
-        elif isinstance(item, (tuple, list)):
-            model(*item)
-        else:
-            model(item)
-        yield
+def call(model: nn.Module, item: Any) -> Any:
+    """The model on one of its inputs: a tensor, a tuple or list of arguments, or a mapping of keywords."""
+    if isinstance(item, Mapping):
+        return model(**item)
+    return model(*item) if isinstance(item, (tuple, list)) else model(item)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; every module's mode is put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -110,8 +106,12 @@ def collect(
         for name, layer in layers.items()
     ]
     try:
-        with _evaluating(model):
-            if not sum(1 for _ in run(model, calibration)):
+        with evaluating(model):
+            count = 0
+            for item in calibration:
+                call(model, item)
+                count += 1
+            if not count:
                 raise ValueError("calibration is empty; allowed: an iterable of one or more model inputs")
     finally:
         for handle in handles:

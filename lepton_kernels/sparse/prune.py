@@ -13,6 +13,7 @@ from lepton_kernels.pattern import Pattern
 from lepton_kernels.sparse import sparsegpt
 from lepton_kernels.sparse.calibration import InputStatistics, Layer, as_matrix, collect
 from lepton_kernels.sparse.masks import fix, stored_weight
+from lepton_kernels.sparse.sequential import one_after_the_other
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -24,8 +25,8 @@ class PrunedLayer:
     """One layer of a report.
 
     relative_error: Frobenius norm of the weight's change over that of the weight. output_error: the same of the layer's
-    output over the calibration, as if inputs were independent but with "sparsegpt"; None without calibration. note:
-    what held pruning back. skipped: why nothing was done.
+    output over the calibration, as if inputs were independent but with "sparsegpt" and sequential; None without
+    calibration. note: what held pruning back. skipped: why nothing was done.
     """
 
     name: str
@@ -173,6 +174,7 @@ def prune_(
     calibration: Iterable[Any] | None = None,
     allocation: str = "uniform",
     max_error: float | None = None,
+    sequential: bool = False,
     keep_masks: bool = False,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
@@ -191,6 +193,9 @@ def prune_(
         hurts least. At most 0.99 of a layer goes.
     max_error: no layer is pruned further than this relative change of its output (of its weight without calibration),
         as predicted from single weights; the report says which layers it held back.
+    sequential: layers are pruned one after the other, each by what the pruned ones before it give, and adjusted first
+        to give from that what it gave in the dense model (sparse/sequential.py). Takes two passes a layer and a copy of
+        the model; `calibration` is kept whole.
     keep_masks: zeros stay zeros in training, through a parametrization of the weight, until sparse.finalize_.
     include, exclude: names, globs, types or callables, as in quantize_; `include` narrows the layers to those it picks.
 
@@ -208,14 +213,17 @@ def prune_(
             raise ValueError(f"prune_: {name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
     if method != "magnitude" and calibration is None:
         raise ValueError(f"prune_: calibration is None; method {method!r} needs an iterable of model inputs")
+    if sequential and calibration is None:
+        raise ValueError("prune_: calibration is None; sequential=True needs an iterable of model inputs")
     if max_error is not None and not max_error > 0:
         raise ValueError(f"prune_: max_error is {max_error}; allowed: None or a number above 0")
     layers, skipped = layers_to_prune("prune_", model, include, exclude)
     report = PruneReport(skipped)
+    inputs = None if calibration is None else list(calibration) if sequential else calibration
 
     statistics: dict[str, InputStatistics] = {}
-    if calibration is not None:
-        statistics = collect(model, layers, calibration, gram=method == "sparsegpt")
+    if inputs is not None:
+        statistics = collect(model, layers, inputs, gram=method == "sparsegpt" and not sequential)
         for name in [name for name in layers if name not in statistics]:
             layer = layers.pop(name)
             zeros = float((layer.weight == 0).float().mean())
@@ -226,28 +234,36 @@ def prune_(
                 f"prune_: nothing to prune in {type(model).__name__}: no calibration input reached a layer"
             )
     matrices = {name: as_matrix(layer.weight).float() for name, layer in layers.items()}
+    by_input = method != "magnitude" or allocation == "sensitivity"
     energies = {
-        name: _lost_energy(
-            matrix, statistics.get(name) if method != "magnitude" or allocation == "sensitivity" else None
-        )
-        for name, matrix in matrices.items()
+        name: _lost_energy(matrix, statistics.get(name) if by_input else None) for name, matrix in matrices.items()
     }
     plan = shares(energies, sparsity, chosen_pattern, allocation, max_error)
 
-    for name, layer in progress(layers.items(), "pruning"):
-        share, note = plan[name]
-        before, known = matrices[name], statistics.get(name)
-        after = _pruned(before, share, chosen_pattern, method, known) if share > 0 else before
-        mask = (after != 0).view_as(layer.weight)
+    def finish(name: str, after: Tensor, output_error: float | None) -> None:
+        layer, before = layers[name], matrices[name]  # before: the stored weight itself, where that is float32
+        mask, zeros = (after != 0).view_as(layer.weight), float((before == 0).float().mean())
+        error = float((after - before).norm() / before.norm().clamp(min=1e-30))
         with torch.no_grad():
-            zeros = float((before == 0).float().mean())
-            error = float((after - before).norm() / before.norm().clamp(min=1e-30))
-            output = None if known is None else known.output_error(before, after)
             stored_weight(layer).copy_(after.view_as(layer.weight))
             if keep_masks:
                 fix(layer, mask)
-        row = PrunedLayer(name, tuple(layer.weight.shape), zeros, 1 - float(mask.float().mean()), error, output, note)
+        left = 1 - float(mask.float().mean())
+        row = PrunedLayer(name, tuple(layer.weight.shape), zeros, left, error, output_error, plan[name][1])
         report.rows.append(row)
+
+    if sequential:
+        assert isinstance(inputs, list)
+        for names, moments in progress(one_after_the_other(model, layers, inputs), "pruning"):
+            for name in names:
+                fitted = moments.fitted(matrices[name])
+                after = _pruned(fitted, plan[name][0], chosen_pattern, method, moments.statistics())
+                finish(name, after, moments.output_error(matrices[name], after))
+        return report
+    for name in progress(list(layers), "pruning"):
+        before, known, share = matrices[name], statistics.get(name), plan[name][0]
+        after = _pruned(before, share, chosen_pattern, method, known) if share > 0 else before
+        finish(name, after, None if known is None else known.output_error(before, after))
     return report
 
 

@@ -118,12 +118,12 @@ def sparsify_(
 ) -> SparsifyReport:
     """Replaces every nn.Linear of `model` by its fastest form on this machine, in place; prune_ comes first.
 
-    Candidates: the dense layer as it is, SparseLinear (the same weights to the bit), and with `scheme` ("w8a8", ...)
-    QuantLinear, and with "w8a8" SparseLinear of int8 weights. Each is timed in turn with `rows` rows of random input, on
-    torch's number of threads; the one with the least product of its times wins, the dense layer stays where no other
-    takes under 0.97 of its time. Layers of one shape, type, pattern and share of zeros (to a hundredth) are measured
+    Candidates: the dense layer as it is, SparseLinear (the same weights to the bit), with `scheme` ("w8a8", ...)
+    QuantLinear, with "w8a8" SparseLinear of int8 weights. Each is timed in turn with `rows` rows of random input, on
+    torch's number of threads; that with the least product of its times wins, the dense layer stays where no
+    other takes under 0.97 of its time. Layers of one shape, type, pattern and share of zeros (in hundredths) are timed
     once. Masks (prune_(keep_masks=True), GradualPruner) are dropped first. Returns a row a layer with all times. Raises
-    ValueError when a selector matches nothing, `rows` is empty or has a number below 1, or there is no layer to look at.
+    ValueError when a selector matches nothing, `rows` is empty or holds a number below 1, or there is no layer.
     """
     chosen_scheme = None if scheme is None else QuantScheme.of(scheme)
     counts = tuple(rows)

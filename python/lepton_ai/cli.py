@@ -88,20 +88,35 @@ def compress(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
     scheme: Annotated[str, typer.Option(help="w8a8, w8a16, w4a8, w4a16 or none.")] = "w8a8",
     codec: Annotated[str, typer.Option(help=f"The file's codec: {', '.join(CODECS)}.")] = "huffman",
-    sparsity: Annotated[float, typer.Option(help="Share of the weights to prune first, by magnitude.")] = 0.0,
+    prune: Annotated[float, typer.Option(help="Share of the weights to set to zero first.")] = 0.0,
+    pattern: Annotated[
+        str, typer.Option(help="Of the zeros: unstructured, N:M (2:4) or blocks (16x4).")
+    ] = "unstructured",
+    method: Annotated[str, typer.Option(help="To choose them: magnitude, wanda or sparsegpt.")] = "magnitude",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts for wanda and sparsegpt, one a line. Default: a hundred that come along.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, at 4 bits.")] = None,
     embeddings: Annotated[bool, typer.Option(help="Quantize embedding tables to int8 rows as well.")] = True,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a name or a glob.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prune, quantize and entropy-code a model into one safetensors file."""
+    from lepton_ai.calibration import texts
     from lepton_ai.compression import Compression, Pruning, Quantization
     from lepton_ai.model import LeptonModel
 
     with _errors():
         kept = tuple(exclude or ())
+        inputs = None
+        if prune and method != "magnitude":
+            if not Path(model).is_dir():
+                raise ValueError(
+                    f"method is {method}: model is {model!r}; allowed: a Hugging Face folder, for its tokenizer"
+                )
+            inputs = texts(model, calibration.read_text().splitlines() if calibration else None)
         steps = [
-            Pruning(sparsity, exclude=kept) if sparsity else None,
+            Pruning(prune, pattern, method, inputs, exclude=kept) if prune else None,
             Quantization(scheme, group_size, embeddings, exclude=kept) if scheme != "none" else None,
             Compression(codec),
         ]

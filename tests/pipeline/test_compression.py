@@ -147,7 +147,7 @@ def lepton(*arguments: object) -> tuple[int, str]:
 def test_the_command_line(hf_folder, tmp_path):
     out = tmp_path / "small.safetensors"
     code, text = lepton(
-        "compress", hf_folder, "-o", out, "--scheme", "w4a16", "--group-size", 32, "--sparsity", 0.3, "--json"
+        "compress", hf_folder, "-o", out, "--scheme", "w4a16", "--group-size", 32, "--prune", 0.3, "--json"
     )
     assert code == 0, text
     report = json.loads(text)

@@ -252,3 +252,40 @@ def test_errors(arguments, text):
 def test_a_model_without_layers_is_an_error():
     with pytest.raises(ValueError, match=r"no nn.Linear or nn.Conv2d found"):
         lk.prune_(nn.Sequential(nn.ReLU()), 0.5)
+
+
+def test_a_sequence_of_layers_makes_up_for_those_before():
+    """Each layer is fitted to what the pruned ones before it give: the output of all is nearer to the dense one."""
+    x, error = correlated(1500, 64), {}
+    want = None
+    for sequential in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
+        want = model(x).detach()
+        report = lk.prune_(model, 0.7, method="sparsegpt", calibration=x.split(200), sequential=sequential)
+        error[sequential] = float((model(x).detach() - want).norm() / (want - want.mean(0)).norm())
+        assert [row.name for row in report.rows] == ["0", "2", "4"]
+        assert report.sparsity == pytest.approx(0.7, abs=0.01)
+    last = float((model(x).detach() - want).norm() / (want - model[4].bias.detach()).norm())
+    assert report.rows[-1].output_error == pytest.approx(last, rel=0.02)
+    assert error[True] < 0.97 * error[False]
+
+
+def test_layers_of_one_input_are_calibrated_together():
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(self.left(x) * self.right(x))
+
+    from lepton_kernels.sparse.sequential import one_after_the_other
+
+    torch.manual_seed(0)
+    model = Siblings()
+    layers = {name: getattr(model, name) for name in ("last", "left", "right")}
+    groups = [names for names, _ in one_after_the_other(model, layers, [torch.randn(5, 8)])]
+    assert groups == [["left", "right"], ["last"]]
+    with pytest.raises(ValueError, match="sequential=True needs an iterable"):
+        lk.prune_(model, 0.5, sequential=True)
