@@ -3,10 +3,10 @@
 //
 //   LEVEL COUNT products exact=DIGEST split=DIGEST codec=DIGEST
 //
-// exact: the outputs of w8a8 and w4a8, activation functions, normalization and recurrent layers, the same on every
-// level of every architecture. split: those of w8a16 and w4a16 where activations are split into 16-bit integers on all
-// such levels, else "-". codec: every encoded chunk. Exit code 1: something differs from the scalar code, and standard
-// error says what.
+// exact: the outputs of w8a8 and w4a8, activation functions, normalization, recurrent and sparse int8 layers, the same
+// on every level of every architecture. split: those of w8a16 and w4a16 where activations are split into 16-bit
+// integers on all such levels, else "-". codec: every encoded chunk. Exit code 1: something differs from the scalar
+// code, and standard error says what.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -23,6 +23,7 @@
 #include "cpu/isa.h"
 #include "cpu/quantize_rows.h"
 #include "cpu/recurrent.h"
+#include "cpu/sparse_rows.h"
 
 using namespace lepton;
 
@@ -486,6 +487,69 @@ constexpr int kGroups[] = {0, 16, 32, 128, 1040, -1};  // 0: 8 bit; -1: the whol
 
 }  // namespace
 
+// A sparse int8 weight as blocks and as streams of nonzeros: the bits of the dense kernel on the same weight.
+void check_sparse(Random& rng, Digest& digest) {
+  constexpr int kN = 150, kK = 300;
+  for (const int rows : {1, 2, 7, 16, 33, 65}) {
+    for (const int kept_of_16 : {0, 3, 16}) {
+      std::vector<int8_t> weight(size_t(kN * kK));
+      std::vector<float> values, scale, bias, x(size_t(rows * kK));
+      std::vector<uint8_t> mask(size_t(kN * divide_up(kK, 8)));
+      for (int c = 0; c < kN; ++c) {
+        for (int i = 0; i < kK; ++i) {
+          // Blocks of 16 x 4, most of whose places hold a weight, and some that stand alone.
+          const bool in_block = int((c / 16 * 2654435761u + i / 4 * 40503u) >> 7) % 16 < kept_of_16;
+          if (rng.below(8) == 0 || !(in_block || rng.below(200) == 0)) continue;
+          const int w = rng.below(255) - 127;
+          weight[size_t(c * kK + i)] = int8_t(w);
+          values.push_back(float(w));
+          mask[size_t(c * divide_up(kK, 8) + i / 8)] |= uint8_t(1 << i % 8);
+        }
+        scale.push_back((rng.uniform() + 1.01f) * 0.01f);
+        bias.push_back(rng.bell());
+      }
+      for (float& value : x) value = rng.bell();
+      const int64_t nonzeros = int64_t(values.size());
+      const int quads = rows_together(isa_in_use());
+      const int64_t steps = count_steps(weight.data(), kN, kK, quads);
+      std::vector<uint64_t> dense(size_t(PackedLayout(packed_weight(nullptr, kN, kK, 8, kK, true)).bytes / 8 + 8));
+      std::vector<uint64_t> blocks(size_t(PackedBlocksLayout(kN, steps, quads).bytes / 8 + 8));
+      std::vector<uint64_t> streams(size_t(SparseRowsLayout(kN, kK, nonzeros).bytes / 8 + 8));
+      const auto bytes = [](std::vector<uint64_t>& words) { return reinterpret_cast<uint8_t*>(words.data()); };
+      pack_int8(weight.data(), scale.data(), kN, kK, bytes(dense));
+      pack_int8_blocks(weight.data(), scale.data(), kN, kK, steps, quads, bytes(blocks));
+      if (count_ones(mask.data(), kN, kK) != nonzeros) fail("sparse: the mask's ones are miscounted");
+      pack_sparse_rows(values.data(), mask.data(), kN, kK, nonzeros, bytes(streams));
+      std::vector<float> want(size_t(rows * kN)), got(want.size(), NAN);
+      GemmArgs args{x.data(),
+                    Dtype::f32,
+                    kK,
+                    rows,
+                    packed_weight(bytes(dense), kN, kK, 8, kK, true),
+                    bias.data(),
+                    Activation::relu,
+                    want.data(),
+                    Dtype::f32,
+                    true,
+                    2};
+      gemm(args);
+      const auto compare = [&](const char* what) {
+        if (std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) != 0)
+          fail("sparse: %s differ from the dense kernel, %d rows, %d of 16 blocks", what, rows, kept_of_16);
+        std::fill(got.begin(), got.end(), NAN);
+      };
+      args.weight = packed_blocks(bytes(blocks), kN, kK, steps, quads);
+      args.y = got.data();
+      gemm(args);
+      compare("blocks");
+      sparse_rows({x.data(), Dtype::f32, kK, rows, sparse_rows_view(bytes(streams), kN, kK, nonzeros), bias.data(),
+                   Activation::relu, got.data(), 2, scale.data()});
+      compare("streams");
+      digest.add(want.data(), want.size() * sizeof(float));
+    }
+  }
+}
+
 int main() {
   if (isa_unknown_name() != nullptr) {
     std::fprintf(stderr, "LEPTON_MAX_ISA is '%s', no level of this architecture\n", isa_unknown_name());
@@ -518,6 +582,7 @@ int main() {
   check_activations(rng, exact);
   check_add_norm(rng, exact);
   check_recurrent(rng, exact);
+  check_sparse(rng, exact);
   check_codec(rng, codec);
   const char* const kind = splits_activations(isa_in_use()) ? "split" : "int16";
   std::printf("%s %d products exact=%016llx %s=%016llx codec=%016llx\n", isa_name(isa_in_use()), products,
