@@ -22,7 +22,8 @@ constexpr int64_t kParallelWork = 1000 * 1000;
 // Tiles per thread: enough that a late thread costs little, few enough that dealing them out costs nothing.
 constexpr int kTilesPerThread = 4;
 // At least so many at levels that multiply int16 pairs: the rows that fit the share (12 with k = 4096) would read large
-// weights from the last-level cache too often.
+// weights from the last-level cache too often. Not with weights in blocks, of which there are few, and whose places
+// make jumps through rows that have to be near.
 constexpr int kPairRows = 96;
 // A tile's rows are a multiple of what a kernel takes at a time: 6 or 12 with vectors, two tiles with tile registers.
 constexpr int kRowMultiple = 12;
@@ -51,7 +52,7 @@ struct RowTiles {
 RowTiles row_tiles_of(const Activations& plan, const PackedWeight& weight, int m, int threads) {
   const int multiple = plan.in_tiles() ? 2 * plan.integers.out.tile_rows : kRowMultiple;
   const int64_t bytes = l2_bytes() / (plan.in_tiles() ? kTileCacheShare : kVectorCacheShare);
-  const int least = plan.has_pairs() ? kPairRows : multiple;
+  const int least = !plan.has_pairs() ? multiple : weight.step_begin == nullptr ? kPairRows : 2 * multiple;
   const int share = divide_up(m, threads * kTilesPerThread);
   const auto rows_with = [&](int k_parts) {
     int64_t fit = std::max<int64_t>(bytes * k_parts / plan.row_bytes() / multiple * multiple, least);

@@ -5,7 +5,7 @@ of 16 x 4 (gemm_int8_blocks), streams of nonzeros (sparse_rows) or, where too fe
 (gemm_int8). They give the same bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,29 +50,48 @@ class PackedBlocks(NamedTuple):
     steps: int
 
 
-class Int8Weight(NamedTuple):
-    """A sparse int8 weight: what the choice of a kernel needs, and its saved tensors."""
+Sources = tuple[Tensor, Tensor, Tensor]  # values int8 [nonzeros], bitmask uint8 [n, ceil(k / 8)], scale f32 [n, 1]
 
-    values: Tensor
-    bitmask: Tensor
-    scale: Tensor
-    n: int
-    k: int
-    steps: int  # stored blocks of all panels
-    blocks: float  # the share of weights in them
+
+class Int8Weight:
+    """A sparse int8 weight as the kernels read it: which one is the fastest, and the form of each that was asked for.
+
+    It holds none of the saved tensors, so that it goes when they go.
+    """
+
+    def __init__(self, n: int, k: int, nonzeros: int, steps: int) -> None:
+        self.n, self.k, self.nonzeros, self.steps = n, k, nonzeros, steps
+        self.density, self.blocks = nonzeros / max(n * k, 1), steps * C.step_bytes() / max(n * k, 1)
+        self._forms: dict[str, Any] = {}
 
     def kernel(self, m: int) -> str:
         """Which kernel is the fastest for m rows: "dense", "blocks" or "streams"."""
-        density = self.values.numel() / (self.n * self.k)
-        streams = _STREAM_START + density * _STREAM_COST[C.isa()] * max(1.0, _STREAM_ROWS / max(m, 1))
+        streams = _STREAM_START + self.density * _STREAM_COST[C.isa()] * max(1.0, _STREAM_ROWS / max(m, 1))
         costs = {"dense": 1.0, "blocks": _BLOCK_COST * self.blocks, "streams": streams}
         return min(costs, key=costs.__getitem__)
+
+    def form(self, kernel: str, sources: Sources) -> Any:
+        """What a kernel reads, made of the saved tensors on first use."""
+        if kernel not in self._forms:
+            values, bitmask, scale = sources
+            if kernel == "streams":
+                self._forms[kernel] = pack_rows(values, bitmask, self.k, scale)
+            else:
+                dense = reference.expand_sparse(values, bitmask, self.k)
+                self._forms[kernel] = (
+                    cpu.make_int8(dense, scale) if kernel == "dense" else self._as_blocks(dense, scale)
+                )
+        return self._forms[kernel]
+
+    def _as_blocks(self, dense: Tensor, scale: Tensor) -> PackedBlocks:
+        data = torch.empty(C.int8_blocks_bytes(self.n, self.k, self.steps), dtype=torch.uint8)
+        scale = scale.float().contiguous()
+        C.pack_int8_blocks(dense.data_ptr(), scale.data_ptr(), self.n, self.k, self.steps, data.data_ptr())
+        return PackedBlocks(data, data.data_ptr(), self.n, self.k, self.steps)
 
 
 _streams: Derived[PackedRows] = Derived()
 _int8: Derived[Int8Weight] = Derived()
-_blocks: Derived[PackedBlocks] = Derived()
-_dense: Derived[cpu.Packed] = Derived()
 
 
 def pack_rows(values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = None) -> PackedRows:
@@ -87,46 +106,25 @@ def pack_rows(values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = No
         data = torch.empty(C.sparse_rows_bytes(n, k, nonzeros), dtype=torch.uint8)
         floats, mask = values.to(torch.float32).contiguous(), bitmask.contiguous()
         C.pack_sparse_rows(floats.data_ptr(), mask.data_ptr(), n, k, nonzeros, data.data_ptr())
-        scales = None if scale is None else scale.to(torch.float32).flatten().contiguous()
+        scales = None if scale is None else scale.to(torch.float32).flatten().clone()  # not to keep `scale` alive
         return PackedRows(data, data.data_ptr(), n, k, nonzeros, scales)
 
     return _streams.get((values, bitmask, *(() if scale is None else (scale,))), (k,), make)
 
 
-def pack_int8(values: Tensor, bitmask: Tensor, scale: Tensor, k: int) -> Int8Weight:
-    """A sparse int8 weight of values int8 [nonzeros], bitmask and scale f32 [n, 1]; looked at once.
-
-    Raises ValueError as pack_rows.
-    """
+def pack_int8(sources: Sources, k: int) -> Int8Weight:
+    """A sparse int8 weight of its saved tensors; looked at once. Raises ValueError as pack_rows."""
 
     def make() -> Int8Weight:
+        values, bitmask, _ = sources
         n = bitmask.shape[0]
         ones = C.count_ones(bitmask.contiguous().data_ptr(), n, k)
         if ones != values.numel():
             raise ValueError(f"the bitmask has {ones} ones up to column {k - 1}; allowed: {values.numel()}")
         dense = reference.expand_sparse(values, bitmask, k)
-        steps = C.count_steps(dense.data_ptr(), n, k)
-        return Int8Weight(values, bitmask, scale, n, k, steps, steps * C.step_bytes() / max(n * k, 1))
+        return Int8Weight(n, k, ones, C.count_steps(dense.data_ptr(), n, k))
 
-    return _int8.get((values, bitmask, scale), (k,), make)
-
-
-def _pack_blocks(weight: Int8Weight) -> PackedBlocks:
-    def make() -> PackedBlocks:
-        n, k, steps = weight.n, weight.k, weight.steps
-        data = torch.empty(C.int8_blocks_bytes(n, k, steps), dtype=torch.uint8)
-        dense, scale = reference.expand_sparse(weight.values, weight.bitmask, k), weight.scale.float().contiguous()
-        C.pack_int8_blocks(dense.data_ptr(), scale.data_ptr(), n, k, steps, data.data_ptr())
-        return PackedBlocks(data, data.data_ptr(), n, k, steps)
-
-    return _blocks.get((weight.values, weight.bitmask, weight.scale), (weight.k,), make)
-
-
-def _pack_dense(weight: Int8Weight) -> cpu.Packed:
-    def make() -> cpu.Packed:
-        return cpu.make_int8(reference.expand_sparse(weight.values, weight.bitmask, weight.k), weight.scale)
-
-    return _dense.get((weight.values, weight.bitmask, weight.scale), (weight.k,), make)
+    return _int8.get(sources, (k,), make)
 
 
 def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -154,15 +152,16 @@ def gemm_int8_blocks(x: Tensor, packed: PackedBlocks, bias: Tensor | None, activ
 
 
 def int8_product(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, activation: str = "none", kernel: str | None = None
+    x: Tensor, weight: Int8Weight, sources: Sources, bias: Tensor | None, activation: str = "none", kernel: str = ""
 ) -> Tensor:
     """Y[..., n] = activation(w8a8(X[..., k], W) + bias) by the kernel that is named, or the fastest one."""
     kernel = kernel or weight.kernel(x.numel() // weight.k)
+    form = weight.form(kernel, sources)
     if kernel == "blocks":
-        return gemm_int8_blocks(x, _pack_blocks(weight), bias, activation)
+        return gemm_int8_blocks(x, form, bias, activation)
     if kernel == "streams":
-        return sparse_rows(x, pack_rows(weight.values, weight.bitmask, weight.k, weight.scale), bias, activation)
-    return cpu.gemm(x, _pack_dense(weight), bias, True, activation)
+        return sparse_rows(x, form, bias, activation)
+    return cpu.gemm(x, form, bias, True, activation)
 
 
 def sparse_linear(
@@ -177,4 +176,5 @@ def sparse_linear(
     k = x.shape[-1]
     if weight_scale is None:
         return sparse_rows(x, pack_rows(weight_compressed, weight_bitmask, k), bias, activation)
-    return int8_product(x, pack_int8(weight_compressed, weight_bitmask, weight_scale, k), bias, activation)
+    sources = weight_compressed, weight_bitmask, weight_scale
+    return int8_product(x, pack_int8(sources, k), sources, bias, activation)

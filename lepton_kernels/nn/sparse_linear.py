@@ -109,7 +109,7 @@ class SparseLinear(nn.Module):
             _ops.check_input(x, self.in_features)
             packed, bias = self.packed(), self._parameters["bias"]
             if isinstance(packed, cpu_sparse.Int8Weight):
-                return cpu_sparse.int8_product(x, packed, bias, self.activation)
+                return cpu_sparse.int8_product(x, packed, self._int8_sources(), bias, self.activation)
             return cpu_sparse.sparse_rows(x, packed, bias, self.activation)
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -137,9 +137,13 @@ class SparseLinear(nn.Module):
         if scale is None:
             packed = cpu_sparse.pack_rows(values, mask, self.in_features)
         else:
-            packed = cpu_sparse.pack_int8(values, mask, scale, self.in_features)
+            packed = cpu_sparse.pack_int8(self._int8_sources(), self.in_features)
         self._packed = (sources, versions, packed)
         return packed
+
+    def _int8_sources(self) -> cpu_sparse.Sources:
+        assert self.weight_scale is not None
+        return self.weight_compressed, self.weight_bitmask, self.weight_scale
 
     @property
     def pattern(self) -> Pattern:

@@ -39,12 +39,13 @@ def check(m: int, n: int, k: int, sparsity: float, pattern: str, dtype: torch.dt
     values, bitmask, scale = make(n, k, sparsity, pattern, rng)
     x, bias = torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
     want = reference.sparse_linear(x, values, bitmask, scale, bias)
-    weight = cpu_sparse.pack_int8(values, bitmask, scale, k)
+    sources = values, bitmask, scale
+    weight = cpu_sparse.pack_int8(sources, k)
     for kernel in KERNELS:
-        got = cpu_sparse.int8_product(x, weight, bias, "none", kernel)
+        got = cpu_sparse.int8_product(x, weight, sources, bias, "none", kernel)
         assert got.dtype == dtype
         assert torch.equal(got, want), (kernel, m, n, k, sparsity, pattern, dtype)
-    with_activation = [cpu_sparse.int8_product(x, weight, bias, act, kernel) for kernel in KERNELS]
+    with_activation = [cpu_sparse.int8_product(x, weight, sources, bias, act, kernel) for kernel in KERNELS]
     assert all(torch.equal(with_activation[0], other) for other in with_activation[1:])
 
 
@@ -74,9 +75,10 @@ def test_the_largest_sums_are_exact(rng):
     values[k:] = -127
     scale = torch.ones(2, 1)
     want = reference.sparse_linear(x, values, bitmask, scale, None)
-    weight = cpu_sparse.pack_int8(values, bitmask, scale, k)
+    sources = values, bitmask, scale
+    weight = cpu_sparse.pack_int8(sources, k)
     for kernel in KERNELS:
-        assert torch.equal(cpu_sparse.int8_product(x, weight, None, "none", kernel), want), kernel
+        assert torch.equal(cpu_sparse.int8_product(x, weight, sources, None, "none", kernel), want), kernel
 
 
 def test_many_rows_are_cut(threads, rng):
@@ -106,20 +108,21 @@ def test_nan_stays_in_its_row(rng):
     values, bitmask, scale = make(20, 30, 0.5, "unstructured", rng)
     x = torch.randn(70, 30, generator=rng)
     x[3, 4] = torch.nan
-    weight = cpu_sparse.pack_int8(values, bitmask, scale, 30)
+    sources = values, bitmask, scale
+    weight = cpu_sparse.pack_int8(sources, 30)
     for kernel in KERNELS:
-        y = cpu_sparse.int8_product(x, weight, None, "none", kernel)
+        y = cpu_sparse.int8_product(x, weight, sources, None, "none", kernel)
         assert y.isnan().all(1).nonzero().flatten().tolist() == [3]
         assert y.isnan().any(1).nonzero().flatten().tolist() == [3]
 
 
 def test_the_choice_follows_the_zeros(rng):
-    few = cpu_sparse.pack_int8(*make(256, 256, 0.05, "unstructured", rng), 256)
+    few = cpu_sparse.pack_int8(make(256, 256, 0.05, "unstructured", rng), 256)
     assert few.kernel(64) == few.kernel(1) == "dense"
-    blocks = cpu_sparse.pack_int8(*make(256, 256, 0.8, "16x4", rng), 256)
+    blocks = cpu_sparse.pack_int8(make(256, 256, 0.8, "16x4", rng), 256)
     assert blocks.kernel(64) == blocks.kernel(1) == "blocks"
     assert blocks.blocks == pytest.approx(0.2, abs=0.01)
-    scattered = cpu_sparse.pack_int8(*make(256, 256, 0.99, "unstructured", rng), 256)
+    scattered = cpu_sparse.pack_int8(make(256, 256, 0.99, "unstructured", rng), 256)
     assert scattered.kernel(64) == "streams"
 
 
@@ -153,3 +156,15 @@ def test_operands_that_do_not_fit(change, text, rng):
     }  # fmt: skip
     with pytest.raises(ValueError, match=text):
         sparse_linear(*{**operands, **change}.values())
+
+
+def test_what_was_packed_goes_with_the_weight(rng):
+    before = len(cpu_sparse._int8._entries)
+    for _ in range(3):
+        sources = make(64, 64, 0.5, "unstructured", rng)
+        weight = cpu_sparse.pack_int8(sources, 64)
+        for kernel in KERNELS:
+            weight.form(kernel, sources)
+        del sources, weight
+    assert len(cpu_sparse._int8._entries) <= before + 1
+    assert sum(1 for entry in cpu_sparse._streams._entries.values() if not entry.sources[0][0].expired()) == 0
