@@ -63,12 +63,18 @@ class Int8Weight:
         self.n, self.k, self.nonzeros, self.steps = n, k, nonzeros, steps
         self.density, self.blocks = nonzeros / max(n * k, 1), steps * C.step_bytes() / max(n * k, 1)
         self._forms: dict[str, Any] = {}
+        self._kernels: dict[int, str] = {}  # by rows, up to what streams take at once; beyond it nothing changes
 
     def kernel(self, m: int) -> str:
         """Which kernel is the fastest for m rows: "dense", "blocks" or "streams"."""
+        m = min(m, _STREAM_ROWS)
+        known = self._kernels.get(m)
+        if known is not None:
+            return known
         streams = _STREAM_START + self.density * _STREAM_COST[C.isa()] * max(1.0, _STREAM_ROWS / max(m, 1))
         costs = {"dense": 1.0, "blocks": _BLOCK_COST * self.blocks, "streams": streams}
-        return min(costs, key=costs.__getitem__)
+        self._kernels[m] = min(costs, key=costs.__getitem__)
+        return self._kernels[m]
 
     def form(self, kernel: str, sources: Sources) -> Any:
         """What a kernel reads, made of the saved tensors on first use."""

@@ -63,7 +63,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         empty = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", empty)
-        self._packed: tuple[tuple[Tensor, ...], tuple[int, ...], _Packed] | None = None
+        # The buffers that the packed weight was made of, and their versions.
+        self._packed: tuple[Tensor, Tensor, Tensor | None, tuple[int, int, int | None], _Packed] | None = None
 
     @classmethod
     def from_linear(
@@ -109,7 +110,9 @@ class SparseLinear(nn.Module):
             _ops.check_input(x, self.in_features)
             packed, bias = self.packed(), self._parameters["bias"]
             if isinstance(packed, cpu_sparse.Int8Weight):
-                return cpu_sparse.int8_product(x, packed, self._int8_sources(), bias, self.activation)
+                buffers: Any = self._buffers
+                sources = buffers["weight_compressed"], buffers["weight_bitmask"], buffers["weight_scale"]
+                return cpu_sparse.int8_product(x, packed, sources, bias, self.activation)
             return cpu_sparse.sparse_rows(x, packed, bias, self.activation)
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -122,11 +125,17 @@ class SparseLinear(nn.Module):
 
     def packed(self) -> _Packed:
         """The weight as the CPU kernels read it; made on first use."""
-        values, mask, scale = self.weight_compressed, self.weight_bitmask, self.weight_scale
-        sources = tuple(t for t in (values, mask, scale) if t is not None)
-        versions, known = tuple(version(t) for t in sources), self._packed
-        if known is not None and known[1] == versions and all(a is b for a, b in zip(sources, known[0], strict=True)):
-            return known[2]
+        buffers: Any = self._buffers  # saves nn.Module's slow lookup
+        values, mask, scale = buffers["weight_compressed"], buffers["weight_bitmask"], buffers["weight_scale"]
+        known = self._packed
+        if (
+            known is not None
+            and known[0] is values
+            and known[1] is mask
+            and known[2] is scale
+            and known[3] == (version(values), version(mask), None if scale is None else version(scale))
+        ):
+            return known[4]
         if values.device.type == "meta":
             raise RuntimeError(
                 "SparseLinear: the weights are on the meta device; load a state dict with assign=True first"
@@ -137,13 +146,10 @@ class SparseLinear(nn.Module):
         if scale is None:
             packed = cpu_sparse.pack_rows(values, mask, self.in_features)
         else:
-            packed = cpu_sparse.pack_int8(self._int8_sources(), self.in_features)
-        self._packed = (sources, versions, packed)
+            packed = cpu_sparse.pack_int8((values, mask, scale), self.in_features)
+        versions = version(values), version(mask), None if scale is None else version(scale)
+        self._packed = (values, mask, scale, versions, packed)
         return packed
-
-    def _int8_sources(self) -> cpu_sparse.Sources:
-        assert self.weight_scale is not None
-        return self.weight_compressed, self.weight_bitmask, self.weight_scale
 
     @property
     def pattern(self) -> Pattern:
