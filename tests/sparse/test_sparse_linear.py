@@ -59,6 +59,12 @@ def test_patterns_are_detected(pattern, sparsity):
         lk.nn.SparseLinear.from_linear(pruned(), pattern="2:4")
 
 
+def test_the_report_names_the_kernels():
+    isa = lk.backends()["isa"]
+    assert lk.backends()["sparse"]["float"] == f"sparse_rows[{isa}]"
+    assert set(lk.backends()["sparse"]) == {"float", "w8a8"}
+
+
 def test_gradients():
     layer = lk.nn.SparseLinear.from_linear(pruned(), activation="gelu")
     x = torch.randn(4, 40, dtype=torch.float32, requires_grad=True)
