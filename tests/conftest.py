@@ -22,6 +22,14 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20260101)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def run_python():
     """Runs a program in a fresh interpreter, from a folder that is not the root; returns what it printed."""

@@ -206,15 +206,18 @@ int64_t sparse_rows_bytes(int n, int k, int64_t nonzeros) {
 }
 
 // The bitmask comes from a file: what it says is checked against the number of values.
+void check_bitmask(uintptr_t bitmask, int n, int k, int64_t nonzeros) {
+  const int64_t ones = count_ones(at<const uint8_t>(bitmask), n, k);
+  check(ones >= 0, "sparse weight: the bitmask has ones past column " + std::to_string(k - 1) + "; allowed: none");
+  check(ones == nonzeros, "sparse weight: the bitmask has " + std::to_string(ones) +
+                              " ones; allowed: " + std::to_string(nonzeros) + ", as many as there are values");
+}
+
 void bind_pack_sparse_rows(uintptr_t values, uintptr_t bitmask, int n, int k, int64_t nonzeros, uintptr_t packed) {
   sparse_rows_bytes(n, k, nonzeros);
   py::gil_scoped_release release;
-  const auto* mask = at<const uint8_t>(bitmask);
-  const int64_t ones = count_ones(mask, n, k);
-  check(ones >= 0, "sparse_rows: the bitmask has ones past column " + std::to_string(k - 1));
-  check(ones == nonzeros, "sparse_rows: the bitmask has " + std::to_string(ones) +
-                              " ones; allowed: " + std::to_string(nonzeros) + ", as many as there are values");
-  pack_sparse_rows(at<const float>(values), mask, n, k, nonzeros, at<uint8_t>(packed));
+  check_bitmask(bitmask, n, k, nonzeros);
+  pack_sparse_rows(at<const float>(values), at<const uint8_t>(bitmask), n, k, nonzeros, at<uint8_t>(packed));
 }
 
 void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int64_t nonzeros,
@@ -257,9 +260,7 @@ void bind_cpu(py::module_& module) {
   module.def("gemm", &bind_gemm);
   module.def("linear_block", &bind_linear_block);
   module.def("recurrent", &bind_recurrent);
-  module.def(
-      "count_ones", [](uintptr_t bitmask, int n, int k) { return count_ones(at<const uint8_t>(bitmask), n, k); },
-      "Ones of a bitmask; -1 if there are some past column k - 1.");
+  module.def("check_bitmask", &check_bitmask, "Raises ValueError unless a bitmask has so many ones, none past k.");
   module.def("step_bytes", [] { return step_quads() * kPanel * kQuad; }, "Bytes of a step of int8 blocks.");
   module.def("count_steps", &bind_count_steps, "Steps of k with a weight other than 0, of all panels.");
   module.def("int8_blocks_bytes", &int8_blocks_bytes, "Bytes of packed int8 blocks.");

@@ -124,11 +124,10 @@ def pack_int8(sources: Sources, k: int) -> Int8Weight:
     def make() -> Int8Weight:
         values, bitmask, _ = sources
         n = bitmask.shape[0]
-        ones = C.count_ones(bitmask.contiguous().data_ptr(), n, k)
-        if ones != values.numel():
-            raise ValueError(f"the bitmask has {ones} ones up to column {k - 1}; allowed: {values.numel()}")
+        mask = bitmask.contiguous()
+        C.check_bitmask(mask.data_ptr(), n, k, values.numel())
         dense = reference.expand_sparse(values, bitmask, k)
-        return Int8Weight(n, k, ones, C.count_steps(dense.data_ptr(), n, k))
+        return Int8Weight(n, k, values.numel(), C.count_steps(dense.data_ptr(), n, k))
 
     return _int8.get(sources, (k,), make)
 

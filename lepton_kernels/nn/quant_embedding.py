@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lepton_kernels.nn.quant_linear import keeping_dtypes
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 
@@ -56,10 +57,5 @@ class QuantEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantEmbedding":
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device))
         self.dtype = probe.dtype  # the output follows .to(dtype); the stored tensors keep theirs
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self

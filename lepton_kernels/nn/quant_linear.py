@@ -34,6 +34,16 @@ def _trains_bias(layer: nn.Module) -> bool:
     return bias is not None and bias.requires_grad
 
 
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn for nn.Module._apply: devices move, dtypes stay, so that .half().float() gives the same bits back."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved
+
+
 class _Waiting(threading.local):
     """What a thread has computed and not yet taken: the input, its version, outputs by place in the group."""
 
@@ -262,13 +272,8 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        # Devices move, dtypes stay: .half().float() must give the same bits back.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         self._forget_tiles()
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self
 
     def _forget_tiles(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lepton_kernels import _ops, _ops_sparse, reference
 from lepton_kernels._backends import cpu_sparse
 from lepton_kernels._backends.derived import version
-from lepton_kernels.nn.quant_linear import runs_native
+from lepton_kernels.nn.quant_linear import keeping_dtypes, runs_native
 from lepton_kernels.pattern import Pattern
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
@@ -180,13 +180,8 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
-        # As in QuantLinear: int8 weights keep their scales' dtype.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         self._packed = None
-        super()._apply(fn if self.scheme is None else keep_dtype, recurse)
+        super()._apply(fn if self.scheme is None else keeping_dtypes(fn), recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

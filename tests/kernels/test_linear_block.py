@@ -55,14 +55,6 @@ def composed(x, layers, residual, norm, *, by_reference: bool) -> torch.Tensor:
     return h.to(x.dtype)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def check(m: int, sizes: tuple[int, ...], scheme: str, dtype: torch.dtype, rng: torch.Generator, case: int) -> None:
     """Every choice of residual, norm, bias and activation appears with some m and dtype."""
     with_residual, with_norm, bias, activation = list(

@@ -46,14 +46,6 @@ def check(m: int, n: int, k: int, sparsity: float, dtype: torch.dtype, activatio
     assert ((got.float() - want.float()).abs() <= bound).all(), (m, n, k, sparsity, dtype, activation)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_products(size, threads, rng):
     cases = itertools.product(ROWS, SPARSITIES)
