@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-sparse bench-codec bench-pipeline bench-prune bench-
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) fuzz arm-check cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) fuzz arm-check avx512-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -75,6 +75,21 @@ arm-check: .venv/.deps ## Kernels and codec on AArch64 (emulated) give the bits 
 	  { echo "the level was not chosen as the processor and LEPTON_MAX_ISA have it" >&2; exit 1; }
 	for digest in exact codec split int16; do \
 	  test "$$(grep -o " $$digest=[0-9a-f]\{16\}" build/check/levels | sort -u | wc -l)" = 1 || \
+	    { echo "levels differ: $$digest" >&2; exit 1; }; \
+	done
+
+# The kernels of levels avx512vnni and avx512vbmi2 with every intrinsic done by AVX2 (SIMDe), on any machine with AVX2:
+# their logic, not the instructions that a compiler would make of them, and no speed. Compiling takes six minutes.
+avx512-check: .venv/.deps ## Kernels and codec of AVX-512 levels, emulated, give the bits that AVX2 gives
+	@test -e /usr/include/simde/x86/avx512.h || { echo "no simde/x86/avx512.h: apt-get install libsimde-dev" >&2; exit 1; }
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	  cmake -S . -B build/check-emulated -G Ninja -DLEPTON_CHECK=ON -DLEPTON_EMULATE_AVX512=ON > /dev/null; \
+	  cmake --build build/check-emulated -- --quiet
+	for isa in avx2 avx512vnni avx512vbmi2; do LEPTON_MAX_ISA=$$isa build/check-emulated/check_kernels; done \
+	  | tee build/check-emulated/levels
+	@test "$$(cut -d ' ' -f 1 build/check-emulated/levels | tr '\n' ' ')" = "avx2 avx512vnni avx512vbmi2 "
+	for digest in exact codec; do \
+	  test "$$(grep -o " $$digest=[0-9a-f]\{16\}" build/check-emulated/levels | sort -u | wc -l)" = 1 || \
 	    { echo "levels differ: $$digest" >&2; exit 1; }; \
 	done
 

@@ -2,6 +2,8 @@
 
 MAX_K: int
 GROUP_MULTIPLE: int
+SPARSE_SLICE: int
+LONG_SLICE: int
 
 def isa() -> str: ...
 def isa_of_machine() -> str: ...
@@ -73,8 +75,12 @@ def gemm_int8_blocks(
     y: int,
     threads: int,
 ) -> None: ...
-def sparse_rows_bytes(n: int, k: int, nonzeros: int) -> int: ...
-def pack_sparse_rows(values: int, bitmask: int, n: int, k: int, nonzeros: int, packed: int) -> None: ...
+def count_items(bitmask: int, n: int, k: int, form: int, slice: int) -> int: ...
+def group_columns() -> int: ...
+def sparse_rows_bytes(n: int, k: int, form: int, slice: int, items: int) -> int: ...
+def pack_sparse_rows(
+    values: int, bitmask: int, n: int, k: int, form: int, slice: int, items: int, packed: int
+) -> None: ...
 def sparse_rows(
     x: int,
     dtype: int,
@@ -83,7 +89,9 @@ def sparse_rows(
     packed: int,
     n: int,
     k: int,
-    nonzeros: int,
+    form: int,
+    slice: int,
+    items: int,
     scale: int,
     bias: int,
     activation: int,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lepton_kernels import model_file
 from lepton_kernels._progress import progress
-from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
+from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.scheme import QuantScheme
 
@@ -35,10 +35,16 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def _sparse(layer: SparseLinear) -> dict[str, Any]:
+    return {"nonzeros": layer.nonzeros, "bias": layer.bias is not None,
+            "dtype": None if layer.scheme else _NAMES[layer.weight_compressed.dtype],
+            "activation": layer.activation, "scheme": layer.scheme}  # fmt: skip
+
+
 def _layers(model: nn.Module) -> dict[str, Any]:
     """What each quantized module is, by name, so that load can build it without the weights."""
     out: dict[str, Any] = {}
-    parts: set[nn.Module] = set()  # of recurrent layers, which are built with them
+    parts: set[nn.Module] = set()  # of recurrent layers and convolutions, which are built with them
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module).__name__ in _RECURRENT and isinstance(module, _RECURRENT[type(module).__name__][0]):
             out[name] = {"kind": type(module).__name__}
@@ -49,9 +55,12 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             out[name] = {"kind": "QuantLinear", "scheme": asdict(module.scheme), "bias": module.bias is not None,
                          "activation": "none" if module.activation_is_fused else module.activation}  # fmt: skip
         elif isinstance(module, SparseLinear):
-            out[name] = {"kind": "SparseLinear", "nonzeros": module.nonzeros, "bias": module.bias is not None,
-                         "dtype": None if module.scheme else _NAMES[module.weight_compressed.dtype],
-                         "activation": module.activation, "scheme": module.scheme}  # fmt: skip
+            out[name] = {"kind": "SparseLinear", **_sparse(module)}
+        elif isinstance(module, SparseConv2d):
+            parts.add(module.product)
+            out[name] = {"kind": "SparseConv2d", "kernel_size": module.kernel_size, "stride": module.stride,
+                         "padding": module.padding, "dilation": module.dilation, "padding_mode": module.padding_mode,
+                         **_sparse(module.product)}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
             out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
@@ -117,10 +126,18 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
             raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
         dtype = _DTYPES[spec["dtype"]]
         return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
+    dtype = _DTYPES[spec["dtype"]] if spec.get("dtype") else torch.float32
+    if spec["kind"] == "SparseConv2d":
+        if not isinstance(old, (nn.Conv2d, SparseConv2d)):
+            raise TypeError(f"an nn.Conv2d in the file and {type(old).__name__} in the model")
+        geometry = {name: spec[name] for name in ("stride", "padding", "dilation", "padding_mode")}
+        return SparseConv2d(
+            old.in_channels, old.out_channels, spec["kernel_size"], spec["nonzeros"], **geometry, bias=spec["bias"],
+            dtype=dtype, device="meta", activation=spec["activation"], scheme=spec["scheme"],
+        )  # fmt: skip
     if not isinstance(old, (nn.Linear, QuantLinear, SparseLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
     if spec["kind"] == "SparseLinear":
-        dtype = torch.float32 if spec["dtype"] is None else _DTYPES[spec["dtype"]]
         return SparseLinear(
             old.in_features, old.out_features, spec["nonzeros"], spec["bias"], dtype, "meta", spec["activation"],
             spec["scheme"],
@@ -158,10 +175,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
     """Reads a model file: a state dict, or `model` with the file's layers and weights put into it.
 
     model: has the layers of the model that was saved, before or after it was quantized; built on the meta device it
-    costs no memory. Its nn.Linear, nn.Embedding and recurrent layers become what they are in the file. Every tensor is
-    checked; nothing is put into `model` before all of them have been read. The disk is read ahead while a tensor is
-    decoded, on all threads; the logger lepton_kernels tells the speed (INFO). A model that fuse_ has changed stays
-    so; layers of one input that the file replaces by others part. device: where tensors go; None is the CPU.
+    costs no memory. Its nn.Linear, nn.Conv2d, nn.Embedding and recurrent layers become what they are in the file. Every
+    tensor is checked; nothing is put into `model` before all of them have been read. The disk is read ahead while a
+    tensor is decoded, on all threads; the logger lepton_kernels tells the speed (INFO). A model that fuse_ has changed
+    stays so; layers of one input that the file replaces by others part. device: where tensors go; None is the CPU.
     Raises CorruptDataError that names a damaged tensor, ValueError when names or shapes do not fit, OSError.
     """
     file = model_file.ModelFile.open(path)

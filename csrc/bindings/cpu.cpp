@@ -196,13 +196,21 @@ void bind_gemm_int8_blocks(uintptr_t x, int dtype, int64_t x_stride, int m, uint
   gemm(args);
 }
 
-int64_t sparse_rows_bytes(int n, int k, int64_t nonzeros) {
+SparseForm sparse_form(int form) {
+  check(form >= 0 && form <= int(SparseForm::groups),
+        "sparse_rows: form is " + std::to_string(form) + "; allowed: 0 to 2");
+  return static_cast<SparseForm>(form);
+}
+
+int64_t sparse_rows_bytes(int n, int k, int form, int slice, int64_t items) {
   check(n >= 0, "sparse_rows: n is " + std::to_string(n) + "; allowed: 0 or more");
   check(k >= 1 && k <= kMaxK,
         "sparse_rows: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
-  check(nonzeros >= 0 && nonzeros <= int64_t(n) * k,
-        "sparse_rows: nonzeros is " + std::to_string(nonzeros) + "; allowed: 0 to n * k");
-  return SparseRowsLayout(n, k, nonzeros).bytes;
+  check(items >= 0 && items <= int64_t(n) * k,
+        "sparse_rows: items is " + std::to_string(items) + "; allowed: 0 to n * k");
+  check(slice == kSparseSlice || slice == kLongSlice,
+        "sparse_rows: slice is " + std::to_string(slice) + "; allowed: SPARSE_SLICE, LONG_SLICE");
+  return SparseRowsLayout(n, k, sparse_form(form), slice, items).bytes;
 }
 
 // The bitmask comes from a file: what it says is checked against the number of values.
@@ -213,22 +221,32 @@ void check_bitmask(uintptr_t bitmask, int n, int k, int64_t nonzeros) {
                               " ones; allowed: " + std::to_string(nonzeros) + ", as many as there are values");
 }
 
-void bind_pack_sparse_rows(uintptr_t values, uintptr_t bitmask, int n, int k, int64_t nonzeros, uintptr_t packed) {
-  sparse_rows_bytes(n, k, nonzeros);
+int64_t bind_count_items(uintptr_t bitmask, int n, int k, int form, int slice) {
+  sparse_rows_bytes(n, k, form, slice, 0);
   py::gil_scoped_release release;
-  check_bitmask(bitmask, n, k, nonzeros);
-  pack_sparse_rows(at<const float>(values), at<const uint8_t>(bitmask), n, k, nonzeros, at<uint8_t>(packed));
+  return count_items(at<const uint8_t>(bitmask), n, k, sparse_form(form), slice);
 }
 
-void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int64_t nonzeros,
-                      uintptr_t scale, uintptr_t bias, int activation, uintptr_t y, int threads) {
+void bind_pack_sparse_rows(uintptr_t values, uintptr_t bitmask, int n, int k, int form, int slice, int64_t items,
+                           uintptr_t packed) {
+  sparse_rows_bytes(n, k, form, slice, items);
+  py::gil_scoped_release release;
+  pack_sparse_rows(at<const void>(values), at<const uint8_t>(bitmask), n, k, sparse_form(form), slice, items,
+                   at<uint8_t>(packed));
+}
+
+void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t packed, int n, int k, int form,
+                      int slice, int64_t items, uintptr_t scale, uintptr_t bias, int activation, uintptr_t y,
+                      int threads) {
   check_activation(activation);
-  sparse_rows_bytes(n, k, nonzeros);
+  sparse_rows_bytes(n, k, form, slice, items);
+  check(slice == kSparseSlice || (m == 1 && sparse_form(form) != SparseForm::groups),
+        "sparse_rows: m is " + std::to_string(m) + "; allowed with long slices: 1, and floats or pairs");
   const SparseRowsArgs args{at<const void>(x),
                             static_cast<Dtype>(dtype),
                             x_stride,
                             m,
-                            sparse_rows_view(at<const uint8_t>(packed), n, k, nonzeros),
+                            sparse_rows_view(at<const uint8_t>(packed), n, k, sparse_form(form), slice, items),
                             at<const float>(bias),
                             static_cast<Activation>(activation),
                             at<void>(y),
@@ -247,6 +265,8 @@ void bind_cpu(py::module_& module) {
     throw py::value_error("LEPTON_MAX_ISA is '" + std::string(isa_unknown_name()) + "'; allowed: " + names);
   }
   module.attr("MAX_K") = kMaxK;
+  module.attr("SPARSE_SLICE") = kSparseSlice;
+  module.attr("LONG_SLICE") = kLongSlice;
   module.attr("GROUP_MULTIPLE") = kNibbleBlock;
   module.def("isa", [] { return isa_name(isa_in_use()); }, "The instruction-set level in use.");
   module.def("isa_of_machine", [] { return isa_name(isa_of_machine()); }, "The best level of this machine.");
@@ -266,6 +286,8 @@ void bind_cpu(py::module_& module) {
   module.def("int8_blocks_bytes", &int8_blocks_bytes, "Bytes of packed int8 blocks.");
   module.def("pack_int8_blocks", &bind_pack_int8_blocks);
   module.def("gemm_int8_blocks", &bind_gemm_int8_blocks);
+  module.def("count_items", &bind_count_items, "Items of the stream of a bitmask.");
+  module.def("group_columns", [] { return group_columns(isa_in_use()); }, "Columns of a group.");
   module.def("sparse_rows_bytes", &sparse_rows_bytes, "Bytes of packed nonzeros.");
   module.def("pack_sparse_rows", &bind_pack_sparse_rows);
   module.def("sparse_rows", &bind_sparse_rows);

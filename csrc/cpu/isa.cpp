@@ -53,7 +53,9 @@ bool has_tiles() {
 }
 
 // __builtin_cpu_supports looks at CPUID and at XCR0, so a level whose registers the system does not save is not chosen.
+#if !defined(LEPTON_HAS)  // make avx512-check: all of them
 #define LEPTON_HAS __builtin_cpu_supports
+#endif
 bool has(Isa isa) {
   switch (isa) {
     case Isa::generic:

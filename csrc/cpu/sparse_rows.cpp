@@ -25,15 +25,14 @@ struct Panel {
   int row0, rows, vectors;
 };
 
-// The fewest vectors that hold the rows, a power of two.
-int vectors_for(int rows, int most) { return std::min(int(std::bit_ceil(unsigned(divide_up(rows, kLanes)))), most); }
-
-std::vector<Panel> panels_of(int rows, int most) {
+std::vector<Panel> panels_of(int rows, SparseVectors allowed) {
   std::vector<Panel> panels;
   for (int row0 = 0; row0 < rows;) {
-    // 48 rows are panels of 32 and 16 rather than one of 64 with a quarter empty.
-    int vectors = vectors_for(rows - row0, most);
-    if (vectors > 1 && (rows - row0) <= vectors * kLanes * 3 / 4) vectors /= 2;
+    // The fewest vectors that hold the rows, but 48 rows are panels of 32 and 16 rather than one of 64 with a quarter
+    // empty.
+    const int fewest = int(std::bit_ceil(unsigned(divide_up(rows - row0, kLanes))));
+    int vectors = std::clamp(fewest, allowed.least, allowed.most);
+    if (vectors > allowed.least && (rows - row0) <= vectors * kLanes * 3 / 4) vectors /= 2;
     const int count = std::min(rows - row0, vectors * kLanes);
     panels.push_back({row0, count, vectors});
     row0 += count;
@@ -57,16 +56,6 @@ const void* row_of(const SparseRowsArgs& args, int row) {
   return static_cast<const char*>(args.x) + row * args.x_stride * dtype_bytes(args.dtype);
 }
 
-void one_row(const SparseRowsArgs& args, Isa isa, int threads) {
-  thread_local Scratch scratch;
-  float* x = scratch.floats(args.weight.k);
-  select_widen_row(isa)({args.x, args.dtype, args.weight.k, x});
-  parallel_for(args.weight.blocks(), threads, [&](int block) {
-    alignas(64) float sums[kSparseRows];
-    select_sparse_rows_vector(isa)({args.weight, block, 0, x, sums, output_of(args, 0, 1), nullptr});
-  });
-}
-
 // Rows of X as uint8, each with its scale and zero point.
 QuantizedRows quantize(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int threads, Scratch& scratch) {
   QuantizedRows q{};
@@ -86,6 +75,19 @@ QuantizedRows quantize(const SparseRowsArgs& args, Isa isa, int row_begin, int r
   return q;
 }
 
+void one_row(const SparseRowsArgs& args, Isa isa, int threads) {
+  thread_local Scratch scratch, quantized;
+  float* x = scratch.floats(round_up(args.weight.k, kLanes));
+  const QuantizedRows q = args.scale == nullptr ? QuantizedRows{} : quantize(args, isa, 0, 1, 1, quantized);
+  select_widen_row(isa)({args.x, args.dtype, q, args.weight.k, x});
+  parallel_for(args.weight.blocks(), threads, [&](int block) {
+    alignas(64) float sums[kSparseRows];
+    GemmTile out = output_of(args, 0, 1);
+    out.q = q;
+    select_sparse_rows_vector(isa)({args.weight, block, 0, x, sums, out, args.scale});
+  });
+}
+
 // The rows of a panel, which begins at a multiple of 16 rows.
 QuantizedRows of_panel(const QuantizedRows& q, const Panel& panel) {
   return q.q == nullptr ? q : q.from(panel.row0, 1);
@@ -94,13 +96,16 @@ QuantizedRows of_panel(const QuantizedRows& q, const Panel& panel) {
 void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int threads) {
   thread_local Scratch turned;
   const int k = args.weight.k, blocks = args.weight.blocks();
-  const std::vector<Panel> panels = panels_of(rows, sparse_vectors(isa));
-  float* const x = turned.floats(int64_t(panels.size()) * kLanes * sparse_vectors(isa) * k);
-  std::vector<float*> places(panels.size());
-  float* next = x;
-  for (size_t p = 0; p < panels.size(); ++p) {
-    places[p] = next;
-    next += int64_t(panels[p].vectors) * kLanes * k;
+  const SparseForm form = args.weight.form;
+  const SparseVectors allowed(isa, form);
+  const std::vector<Panel> panels = panels_of(rows, allowed);
+  // Bytes of a vector of 16 rows.
+  const int64_t line = int64_t(divide_up(k, turned_columns(form, isa))) * turned_bytes(form) * kLanes;
+  char* next = static_cast<char*>(turned.get(size_t(panels.size()) * allowed.most * line));
+  std::vector<char*> places;
+  for (const Panel& panel : panels) {
+    places.push_back(next);
+    next += panel.vectors * line;
   }
   const int parts = divide_up(k, kSparseSlice);
   thread_local Scratch quantized;
@@ -109,7 +114,7 @@ void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int
   parallel_for(int(panels.size()) * parts, threads, [&](int i) {
     const Panel& panel = panels[i / parts];
     const int begin = i % parts * kSparseSlice;
-    select_turn_rows(isa)({row_of(args, row_begin + panel.row0), args.dtype, args.x_stride, of_panel(q, panel),
+    select_turn_rows(isa)({form, row_of(args, row_begin + panel.row0), args.dtype, args.x_stride, of_panel(q, panel),
                            panel.rows, panel.vectors, begin, std::min(begin + kSparseSlice, k), places[i / parts]});
   });
   parallel_for(int(panels.size()) * blocks, threads, [&](int i) {
@@ -128,10 +133,9 @@ void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int
 void sparse_rows(const SparseRowsArgs& args) {
   const Isa isa = isa_in_use();
   if (args.m == 0 || args.weight.n == 0) return;
-  const int64_t nonzeros = args.weight.begin[int64_t(args.weight.blocks()) * args.weight.slices()];
-  const int threads = args.m * nonzeros < kParallelWork ? 1 : std::max(1, args.threads);
+  const int threads = args.m * args.weight.items() < kParallelWork ? 1 : std::max(1, args.threads);
   advise_huge_pages(args.y, int64_t(args.m) * args.weight.n * dtype_bytes(args.dtype));
-  if (args.m == 1 && args.scale == nullptr) return one_row(args, isa, threads);
+  if (args.m == 1 && args.weight.form != SparseForm::groups) return one_row(args, isa, threads);
   const int parts = divide_up(args.m, kMostRows), each = round_up(divide_up(args.m, parts), kLanes);
   for (int row = 0; row < args.m; row += each) many_rows(args, isa, row, std::min(each, args.m - row), threads);
 }
@@ -147,49 +151,128 @@ int64_t count_ones(const uint8_t* bitmask, int n, int k) {
   return ones;
 }
 
-void pack_sparse_rows(const float* values, const uint8_t* bitmask, int n, int k, int64_t nonzeros, uint8_t* packed) {
-  const SparseRowsLayout layout(n, k, nonzeros);
+namespace {
+
+// The columns of a row's nonzeros from column `begin` on, a multiple of 8, less it, up to `length` columns. Returns how
+// many there are.
+int columns_of(const uint8_t* mask, int mask_bytes, int begin, int length, uint16_t* columns) {
+  const int first = begin / 8, last = std::min(mask_bytes, first + length / 8);
+  int count = 0;
+  for (int b = first; b < last; ++b)
+    for (unsigned bits = mask[b]; bits != 0; bits &= bits - 1)
+      columns[count++] = uint16_t((b - first) * 8 + std::countr_zero(bits));
+  return count;
+}
+
+// Items of so many nonzeros of a row.
+int items_of(const uint16_t* columns, int count, SparseForm form, int group) {
+  if (form == SparseForm::floats) return count;
+  if (form == SparseForm::pairs) return divide_up(count, 2);
+  int items = 0;
+  for (int i = 0; i < count; ++i) items += i == 0 || columns[i] / group != columns[i - 1] / group;
+  return items;
+}
+
+// Writes the items of one row of a slice.
+void write_floats(const float* values, const uint16_t* columns, int count, float* value, uint16_t* place) {
+  std::copy_n(values, count, value);
+  std::copy_n(columns, count, place);
+}
+
+void write_pairs(const int8_t* values, const uint16_t* columns, int count, int16_t* value, uint16_t* place) {
+  std::copy_n(values, count, value);
+  std::copy_n(columns, count, place);
+  if (count % 2 == 1) {
+    value[count] = 0;
+    place[count] = columns[count - 1];
+  }
+}
+
+template <typename Weight>  // int16 [2] or int8 [4]
+void write_groups(const int8_t* values, const uint16_t* columns, int count, Weight* value, uint16_t* place) {
+  constexpr int kGroup = 4 / sizeof(Weight);
+  int item = -1;
+  for (int i = 0; i < count; ++i) {
+    if (item < 0 || columns[i] / kGroup != place[item]) {
+      place[++item] = uint16_t(columns[i] / kGroup);
+      std::fill_n(value + item * kGroup, kGroup, Weight(0));
+    }
+    value[item * kGroup + columns[i] % kGroup] = values[i];
+  }
+}
+
+}  // namespace
+
+int64_t count_items(const uint8_t* bitmask, int n, int k, SparseForm form, int slice) {
+  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use());
+  std::vector<uint16_t> columns(std::min(k, slice));
+  int64_t items = 0;
+  for (int r = 0; r < n; ++r, bitmask += mask_bytes) {
+    for (int begin = 0; begin < k; begin += slice) {
+      const int count = columns_of(bitmask, mask_bytes, begin, slice, columns.data());
+      items += items_of(columns.data(), count, form, group);
+    }
+  }
+  return items;
+}
+
+void pack_sparse_rows(const void* values, const uint8_t* bitmask, int n, int k, SparseForm form, int slice,
+                      int64_t items, uint8_t* packed) {
+  const SparseRowsLayout layout(n, k, form, slice, items);
   advise_huge_pages(packed, layout.bytes);
-  auto* begin = reinterpret_cast<int64_t*>(packed + layout.begin);
-  auto* count = reinterpret_cast<uint16_t*>(packed + layout.count);
-  auto* value = reinterpret_cast<float*>(packed + layout.value);
-  auto* place = reinterpret_cast<uint16_t*>(packed + layout.place);
-  uint8_t* row = packed + layout.row;
+  auto* const begin = reinterpret_cast<int64_t*>(packed + layout.begin);
+  auto* const count = reinterpret_cast<uint16_t*>(packed + layout.count);
+  auto* const place = reinterpret_cast<uint16_t*>(packed + layout.place);
+  uint8_t *const row = packed + layout.row, *const value = packed + layout.value;
+  const auto* const floats = static_cast<const float*>(values);
+  const auto* const integers = static_cast<const int8_t*>(values);
   std::memset(row, 0, size_t(layout.value - layout.row));
-  const int mask_bytes = divide_up(k, 8), slices = divide_up(k, kSparseSlice);
+  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use());
   static_assert(kSparseSlice % 8 == 0);
 
-  // Of each row: where its nonzeros of the slice at hand begin.
+  // Of each row: where its nonzeros of the slice at hand begin among the values.
   std::vector<int64_t> next(n);
   int64_t before = 0;
   for (int r = 0; r < n; ++r) {
     next[r] = before;
-    for (int b = 0; b < mask_bytes; ++b) before += std::popcount(bitmask[int64_t(r) * mask_bytes + b]);
+    const uint8_t* const mask = bitmask + int64_t(r) * mask_bytes;
+    for (int b = 0; b < mask_bytes; ++b) before += std::popcount(mask[b]);
+    if (form == SparseForm::groups)
+      reinterpret_cast<int32_t*>(packed + layout.sum)[r] = std::accumulate(integers + next[r], integers + before, 0);
   }
   int64_t at = 0, cell = 0;
+  const int most = std::min(k, slice);
+  std::vector<uint16_t> columns(size_t(kSparseRows) * most);  // of each row
   for (int block = 0; block < n; block += kSparseRows) {
     const int rows = std::min(kSparseRows, n - block);
-    for (int slice = 0; slice < slices; ++slice, ++cell) {
+    for (int first = 0; first < k; first += slice, ++cell) {
       begin[cell] = at;
-      const int first = slice * kSparseSlice / 8, last = std::min(mask_bytes, first + kSparseSlice / 8);
-      int counts[kSparseRows], order[kSparseRows];
+      int nonzeros[kSparseRows], lengths[kSparseRows], order[kSparseRows];
       std::iota(order, order + rows, 0);
       for (int r = 0; r < rows; ++r) {
-        counts[r] = 0;
-        const uint8_t* mask = bitmask + int64_t(block + r) * mask_bytes;
-        for (int b = first; b < last; ++b) counts[r] += std::popcount(mask[b]);
+        uint16_t* const of_row = columns.data() + size_t(r) * most;
+        nonzeros[r] = columns_of(bitmask + int64_t(block + r) * mask_bytes, mask_bytes, first, slice, of_row);
+        lengths[r] = items_of(of_row, nonzeros[r], form, group);
       }
-      std::stable_sort(order, order + rows, [&](int a, int b) { return counts[a] > counts[b]; });
+      std::stable_sort(order, order + rows, [&](int a, int b) { return lengths[a] > lengths[b]; });
       for (int i = 0; i < rows; ++i) {
         const int r = order[i];
+        const uint16_t* const of_row = columns.data() + size_t(r) * most;
         row[cell * kSparseRows + i] = uint8_t(r);
-        count[cell * kSparseRows + i] = uint16_t(counts[r]);
-        std::memcpy(value + at, values + next[block + r], size_t(counts[r]) * 4);
-        next[block + r] += counts[r];
-        const uint8_t* mask = bitmask + int64_t(block + r) * mask_bytes;
-        for (int b = first; b < last; ++b)
-          for (unsigned bits = mask[b]; bits != 0; bits &= bits - 1)
-            place[at++] = uint16_t((b - first) * 8 + std::countr_zero(bits));
+        count[cell * kSparseRows + i] = uint16_t(lengths[r]);
+        uint8_t* const values_at = value + at * 4;
+        uint16_t* const places_at = place + at * places_of(form);
+        const int64_t from = next[block + r];
+        if (form == SparseForm::floats)
+          write_floats(floats + from, of_row, nonzeros[r], reinterpret_cast<float*>(values_at), places_at);
+        else if (form == SparseForm::pairs)
+          write_pairs(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
+        else if (group == 2)
+          write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
+        else
+          write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int8_t*>(values_at), places_at);
+        next[block + r] += nonzeros[r];
+        at += lengths[r];
       }
     }
   }

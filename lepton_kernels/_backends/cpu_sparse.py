@@ -1,8 +1,8 @@
 """Products with sparse weights on CPU tensors: the native kernels behind sparse_linear.
 
-int8 weights are stored for one of three kernels, whichever the shape, the zeros and the level make the fastest: blocks
-of 16 x 4 (gemm_int8_blocks), streams of nonzeros (sparse_rows) or, where too few of the weights are zeros, all of them
-(gemm_int8). They give the same bits.
+Float weights are streams of nonzeros (sparse_rows). int8 weights are stored for whichever kernel the shape, the zeros
+and the level make the fastest: blocks of 16 x 4 (gemm_int8_blocks), streams of groups or of pairs of nonzeros
+(sparse_rows) or, where too few of the weights are zeros, all of them (gemm_int8). They give the same bits.
 """
 
 from typing import Any, NamedTuple
@@ -17,14 +17,25 @@ from lepton_kernels._backends.cpu import _address, _as_f32, _rows
 from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
 
-# Time of a stream's nonzero over that of a weight of the dense int8 kernel. Measured: 4096 x 4096, 16 and 128 rows, on
-# the AVX2 machine of bench/RESULTS.md. The others: half of the level's peak of float multiply-adds over its int8 peak,
-# by what bench/roof.py gave (avx512*, amx) or by instructions (generic, ssse3, avxvnni, neon*).
-_STREAM_COST = {
-    "generic": 2.0, "ssse3": 2.0, "avx2": 2.9, "avxvnni": 5.0, "avx512vnni": 8.0, "avx512vbmi2": 8.0, "amx": 30.0,
-    "neondot": 8.0, "neoni8mm": 16.0,
+FLOATS, PAIRS, GROUPS = 0, 1, 2  # SparseForm in csrc/cpu/sparse_rows.h
+
+# Time of a weight in a stream of pairs and of groups over that of a weight of the dense int8 kernel. avx2: measured,
+# 4096 x 4096, 128 rows, on the machine of bench/RESULTS.md. The others: by the instructions that either takes, and the
+# ports that run them.
+_PAIR_COST = {
+    "generic": 1.5, "ssse3": 1.5, "avx2": 1.4, "avxvnni": 3.0, "avx512vnni": 4.0, "avx512vbmi2": 3.0, "amx": 30.0,
+    "neondot": 3.0, "neoni8mm": 6.0,
 }  # fmt: skip
-_STREAM_START = 0.15  # of the dense kernel's time: activations are turned, sums come and go
+_GROUP_COST = {
+    "generic": 1.2, "ssse3": 1.2, "avx2": 1.1, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
+    "neondot": 1.3, "neoni8mm": 2.6,
+}  # fmt: skip
+# Time of a nonzero against one row of X over that of a weight of the dense int8 kernel with one row; measured as above.
+_ROW_COST = {
+    "generic": 3.0, "ssse3": 3.0, "avx2": 8.0, "avxvnni": 8.0, "avx512vnni": 12.0, "avx512vbmi2": 12.0, "amx": 12.0,
+    "neondot": 8.0, "neoni8mm": 8.0,
+}  # fmt: skip
+_STREAM_START = 0.06  # of the dense kernel's time: activations are turned, sums come and go
 _BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
 _STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
 
@@ -36,7 +47,9 @@ class PackedRows(NamedTuple):
     address: int
     n: int
     k: int
-    nonzeros: int
+    form: int  # FLOATS, PAIRS or GROUPS
+    slice: int  # columns of a slice; C.LONG_SLICE where it is for single rows of X
+    items: int
     scale: Tensor | None  # f32 [n] of int8 weights
 
 
@@ -50,7 +63,26 @@ class PackedBlocks(NamedTuple):
     steps: int
 
 
-Sources = tuple[Tensor, Tensor, Tensor]  # values int8 [nonzeros], bitmask uint8 [n, ceil(k / 8)], scale f32 [n, 1]
+Sources = tuple[Tensor, Tensor, Tensor | None]  # values [nonzeros], bitmask uint8 [n, ceil(k / 8)], scale f32 [n, 1]
+
+
+class FloatWeight:
+    """A sparse float weight as the kernels read it: streams, with long slices for single rows of X."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._forms: dict[str, PackedRows] = {}
+
+    def kernel(self, m: int) -> str:
+        """Which kernel is for m rows: "row" or "rows"."""
+        return "row" if m == 1 else "rows"
+
+    def form(self, kernel: str, sources: Sources) -> PackedRows:
+        """What a kernel reads, made of the saved tensors on first use."""
+        if kernel not in self._forms:
+            values, bitmask, _ = sources
+            self._forms[kernel] = pack_rows(values, bitmask, self.k, None, FLOATS, long=kernel == "row")
+        return self._forms[kernel]
 
 
 class Int8Weight:
@@ -59,20 +91,30 @@ class Int8Weight:
     It holds none of the saved tensors, so that it goes when they go.
     """
 
-    def __init__(self, n: int, k: int, nonzeros: int, steps: int) -> None:
-        self.n, self.k, self.nonzeros, self.steps = n, k, nonzeros, steps
-        self.density, self.blocks = nonzeros / max(n * k, 1), steps * C.step_bytes() / max(n * k, 1)
+    def __init__(self, n: int, k: int, pairs: int, groups: int, steps: int) -> None:
+        weights = max(n * k, 1)
+        self.n, self.k, self.steps = n, k, steps
+        # Shares of the weights that each kernel multiplies, zeros among them.
+        self.pairs, self.groups = 2 * pairs / weights, groups * C.group_columns() / weights
+        self.blocks = steps * C.step_bytes() / weights
         self._forms: dict[str, Any] = {}
         self._kernels: dict[int, str] = {}  # by rows, up to what streams take at once; beyond it nothing changes
 
     def kernel(self, m: int) -> str:
-        """Which kernel is the fastest for m rows: "dense", "blocks" or "streams"."""
+        """Which kernel is the fastest for m rows: "dense", "blocks", "groups", "pairs" or (m = 1) "row"."""
         m = min(m, _STREAM_ROWS)
         known = self._kernels.get(m)
         if known is not None:
             return known
-        streams = _STREAM_START + self.density * _STREAM_COST[C.isa()] * max(1.0, _STREAM_ROWS / max(m, 1))
-        costs = {"dense": 1.0, "blocks": _BLOCK_COST * self.blocks, "streams": streams}
+        isa, empty = C.isa(), max(1.0, _STREAM_ROWS / max(m, 1))
+        costs = {
+            "dense": 1.0,
+            "blocks": _BLOCK_COST * self.blocks,
+            "groups": _STREAM_START + self.groups * _GROUP_COST[isa] * empty,
+            "pairs": _STREAM_START + self.pairs * _PAIR_COST[isa] * empty,
+        }
+        if m == 1:
+            costs["row"] = _STREAM_START + self.pairs * _ROW_COST[isa]
         self._kernels[m] = min(costs, key=costs.__getitem__)
         return self._kernels[m]
 
@@ -80,8 +122,10 @@ class Int8Weight:
         """What a kernel reads, made of the saved tensors on first use."""
         if kernel not in self._forms:
             values, bitmask, scale = sources
-            if kernel == "streams":
-                self._forms[kernel] = pack_rows(values, bitmask, self.k, scale)
+            assert scale is not None
+            if kernel in ("pairs", "groups", "row"):
+                form = GROUPS if kernel == "groups" else PAIRS
+                self._forms[kernel] = pack_rows(values, bitmask, self.k, scale, form, long=kernel == "row")
             else:
                 dense = reference.expand_sparse(values, bitmask, self.k)
                 self._forms[kernel] = (
@@ -97,39 +141,48 @@ class Int8Weight:
 
 
 _streams: Derived[PackedRows] = Derived()
-_int8: Derived[Int8Weight] = Derived()
+_weights: Derived[FloatWeight | Int8Weight] = Derived()
 
 
-def pack_rows(values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = None) -> PackedRows:
-    """The streams of values [nonzeros] and bitmask uint8 [n, ceil(k / 8)]; made once.
+def pack_rows(
+    values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = None, form: int = FLOATS, long: bool = False
+) -> PackedRows:
+    """The stream of values [nonzeros] and bitmask uint8 [n, ceil(k / 8)]; made once.
 
-    scale: f32 [n, 1] of int8 values. Raises ValueError where the bitmask does not have as many ones as there are
-    values, or has some past k.
+    scale: f32 [n, 1] of int8 values, whose form is PAIRS or GROUPS. long: for single rows of X. Raises ValueError where
+    the bitmask does not have as many ones as there are values, or has some past k.
     """
+    slice = C.LONG_SLICE if long else C.SPARSE_SLICE
 
     def make() -> PackedRows:
-        n, nonzeros = bitmask.shape[0], values.numel()
-        data = torch.empty(C.sparse_rows_bytes(n, k, nonzeros), dtype=torch.uint8)
-        floats, mask = values.to(torch.float32).contiguous(), bitmask.contiguous()
-        C.pack_sparse_rows(floats.data_ptr(), mask.data_ptr(), n, k, nonzeros, data.data_ptr())
+        n = bitmask.shape[0]
+        stored = values.to(torch.float32 if form == FLOATS else torch.int8).contiguous()
+        mask = bitmask.contiguous()
+        C.check_bitmask(mask.data_ptr(), n, k, values.numel())
+        items = C.count_items(mask.data_ptr(), n, k, form, slice)
+        data = torch.empty(C.sparse_rows_bytes(n, k, form, slice, items), dtype=torch.uint8)
+        C.pack_sparse_rows(stored.data_ptr(), mask.data_ptr(), n, k, form, slice, items, data.data_ptr())
         scales = None if scale is None else scale.to(torch.float32).flatten().clone()  # not to keep `scale` alive
-        return PackedRows(data, data.data_ptr(), n, k, nonzeros, scales)
+        return PackedRows(data, data.data_ptr(), n, k, form, slice, items, scales)
 
-    return _streams.get((values, bitmask, *(() if scale is None else (scale,))), (k,), make)
+    return _streams.get((values, bitmask, *(() if scale is None else (scale,))), (k, form, slice), make)
 
 
-def pack_int8(sources: Sources, k: int) -> Int8Weight:
-    """A sparse int8 weight of its saved tensors; looked at once. Raises ValueError as pack_rows."""
+def pack(sources: Sources, k: int) -> FloatWeight | Int8Weight:
+    """A sparse weight of its saved tensors; looked at once. Raises ValueError as pack_rows."""
 
-    def make() -> Int8Weight:
-        values, bitmask, _ = sources
+    def make() -> FloatWeight | Int8Weight:
+        values, bitmask, scale = sources
         n = bitmask.shape[0]
         mask = bitmask.contiguous()
         C.check_bitmask(mask.data_ptr(), n, k, values.numel())
+        if scale is None:
+            return FloatWeight(k)
+        pairs, groups = (C.count_items(mask.data_ptr(), n, k, form, C.SPARSE_SLICE) for form in (PAIRS, GROUPS))
         dense = reference.expand_sparse(values, bitmask, k)
-        return Int8Weight(n, k, values.numel(), C.count_steps(dense.data_ptr(), n, k))
+        return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k))
 
-    return _int8.get(sources, (k,), make)
+    return _weights.get(tuple(t for t in sources if t is not None), (k,), make)
 
 
 def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -138,8 +191,9 @@ def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: 
     y = x.new_empty(*x.shape[:-1], packed.n)
     bias = _as_f32(bias)
     C.sparse_rows(
-        rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.nonzeros,
-        _address(packed.scale), _address(bias), ACTIVATION_CODES[activation], y.data_ptr(), torch.get_num_threads(),
+        rows.data_ptr(), DTYPE_CODES[x.dtype], stride, m, packed.address, packed.n, packed.k, packed.form,
+        packed.slice, packed.items, _address(packed.scale), _address(bias), ACTIVATION_CODES[activation],
+        y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -156,16 +210,22 @@ def gemm_int8_blocks(x: Tensor, packed: PackedBlocks, bias: Tensor | None, activ
     return y
 
 
-def int8_product(
-    x: Tensor, weight: Int8Weight, sources: Sources, bias: Tensor | None, activation: str = "none", kernel: str = ""
+def product(
+    x: Tensor,
+    weight: FloatWeight | Int8Weight,
+    sources: Sources,
+    bias: Tensor | None,
+    activation: str = "none",
+    kernel: str = "",
 ) -> Tensor:
-    """Y[..., n] = activation(w8a8(X[..., k], W) + bias) by the kernel that is named, or the fastest one."""
+    """Y[..., n] = activation(X[..., k] @ W^T + bias) by the kernel that is named, or the fastest one; activations are
+    quantized where the weight is int8."""
     kernel = kernel or weight.kernel(x.numel() // weight.k)
     form = weight.form(kernel, sources)
-    if kernel == "blocks":
-        return gemm_int8_blocks(x, form, bias, activation)
-    if kernel == "streams":
+    if isinstance(form, PackedRows):
         return sparse_rows(x, form, bias, activation)
+    if isinstance(form, PackedBlocks):
+        return gemm_int8_blocks(x, form, bias, activation)
     return cpu.gemm(x, form, bias, True, activation)
 
 
@@ -178,8 +238,5 @@ def sparse_linear(
     activation: str = "none",
 ) -> Tensor:
     """The operator lepton::sparse_linear on the CPU."""
-    k = x.shape[-1]
-    if weight_scale is None:
-        return sparse_rows(x, pack_rows(weight_compressed, weight_bitmask, k), bias, activation)
     sources = weight_compressed, weight_bitmask, weight_scale
-    return int8_product(x, pack_int8(sources, k), sources, bias, activation)
+    return product(x, pack(sources, x.shape[-1]), sources, bias, activation)

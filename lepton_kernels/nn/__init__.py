@@ -4,6 +4,7 @@ from lepton_kernels.nn.fused import FusedFeedForward, FusedResidualNorm
 from lepton_kernels.nn.quant_embedding import QuantEmbedding
 from lepton_kernels.nn.quant_linear import QuantLinear
 from lepton_kernels.nn.quant_recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNNCell
+from lepton_kernels.nn.sparse_conv import SparseConv2d
 from lepton_kernels.nn.sparse_linear import SparseLinear
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "QuantLSTMCell",
     "QuantLinear",
     "QuantRNNCell",
+    "SparseConv2d",
     "SparseLinear",
 ]

@@ -6,7 +6,7 @@ the saved, device-neutral layout (docs/formats.md).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lepton_kernels.pattern import Pattern
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 
-_Packed = cpu_sparse.PackedRows | cpu_sparse.Int8Weight
+_Packed = cpu_sparse.FloatWeight | cpu_sparse.Int8Weight
 
 
 class SparseLinear(nn.Module):
@@ -108,12 +108,9 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if runs_native(x, self):
             _ops.check_input(x, self.in_features)
-            packed, bias = self.packed(), self._parameters["bias"]
-            if isinstance(packed, cpu_sparse.Int8Weight):
-                buffers: Any = self._buffers
-                sources = buffers["weight_compressed"], buffers["weight_bitmask"], buffers["weight_scale"]
-                return cpu_sparse.int8_product(x, packed, sources, bias, self.activation)
-            return cpu_sparse.sparse_rows(x, packed, bias, self.activation)
+            packed, buffers = self.packed(), cast(Any, self._buffers)
+            sources = buffers["weight_compressed"], buffers["weight_bitmask"], buffers["weight_scale"]
+            return cpu_sparse.product(x, packed, sources, self._parameters["bias"], self.activation)
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -142,11 +139,7 @@ class SparseLinear(nn.Module):
             )
         if values.device.type != "cpu":
             raise ValueError(f"weight_compressed is on {values.device}, x on the CPU; allowed: one device for all")
-        packed: _Packed
-        if scale is None:
-            packed = cpu_sparse.pack_rows(values, mask, self.in_features)
-        else:
-            packed = cpu_sparse.pack_int8((values, mask, scale), self.in_features)
+        packed = cpu_sparse.pack((values, mask, scale), self.in_features)
         versions = version(values), version(mask), None if scale is None else version(scale)
         self._packed = (values, mask, scale, versions, packed)
         return packed

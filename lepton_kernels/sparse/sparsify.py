@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
-from lepton_kernels.nn import QuantLinear, SparseLinear
+from lepton_kernels.nn import QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.pattern import Pattern
 from lepton_kernels.scheme import QuantScheme
+from lepton_kernels.sparse.calibration import Layer, as_matrix, call, evaluating
 from lepton_kernels.sparse.masks import finalize_
 
 _SECONDS = 0.01  # of calls a candidate, row count and round
@@ -22,7 +24,7 @@ _MARGIN = 0.97  # of the dense layer's time: a candidate that saves less is not 
 
 @dataclass(frozen=True)
 class SparsifyRow:
-    """One layer of a report: what it became, and the milliseconds of every candidate, one for each number of rows."""
+    """One layer of a report: what it became, and the milliseconds of every candidate, one for each of `inputs`."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,30 +32,27 @@ class SparsifyRow:
     chosen: str
     bytes_before: int
     bytes_after: int
+    inputs: tuple[str, ...] = ()  # "128 rows", or the shape of a convolution's input
     milliseconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
     skipped: str | None = None
 
 
 @dataclass
 class SparsifyReport:
-    """What sparsify_ did, a row a layer. rows_of_x: the numbers of rows that were measured."""
+    """What sparsify_ did, a row a layer."""
 
-    rows_of_x: tuple[int, ...]
     rows: list[SparsifyRow] = field(default_factory=list)
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [5])
-        lines = [
-            f"{'layer':{width}}  {'shape':>12}   zeros  {'chosen':12}  "
-            f"ms with {', '.join(map(str, self.rows_of_x))} rows"
-        ]
+        lines = [f"{'layer':{width}}  {'shape':>14}   zeros  {'chosen':12}  ms"]
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             times = "; ".join(
                 f"{name} {', '.join(f'{ms:.3g}' for ms in values)}" for name, values in row.milliseconds.items()
             )
-            what = f"skipped: {row.skipped}" if row.skipped else f"{row.chosen:12}  {times}"
-            lines.append(f"{row.name:{width}}  {shape:>12}  {row.sparsity:6.3f}  {what}")
+            what = f"skipped: {row.skipped}" if row.skipped else f"{row.chosen:12}  {' / '.join(row.inputs)}: {times}"
+            lines.append(f"{row.name:{width}}  {shape:>14}  {row.sparsity:6.3f}  {what}")
         return "\n".join(lines)
 
 
@@ -80,11 +79,14 @@ def _in_turn(candidates: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
     return {name: median(samples) for name, samples in times.items()}
 
 
-def _candidates(layer: nn.Linear, scheme: QuantScheme | None) -> dict[str, Callable[[], nn.Module]]:
-    out: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: layer,
-        "sparse": lambda: SparseLinear.from_linear(layer),
-    }
+def _candidates(layer: Layer, scheme: QuantScheme | None) -> dict[str, Callable[[], nn.Module]]:
+    out: dict[str, Callable[[], nn.Module]] = {"dense": lambda: layer}
+    if isinstance(layer, nn.Conv2d):
+        out["sparse"] = lambda: SparseConv2d.from_conv(layer)
+        if scheme is not None and scheme.name == "w8a8":
+            out["sparse w8a8"] = lambda: SparseConv2d.from_conv(layer, scheme="w8a8")
+        return out
+    out["sparse"] = lambda: SparseLinear.from_linear(layer)
     if scheme is not None:
         out[scheme.name] = lambda: QuantLinear.from_linear(layer, scheme)
         if scheme.name == "w8a8":
@@ -92,12 +94,14 @@ def _candidates(layer: nn.Linear, scheme: QuantScheme | None) -> dict[str, Calla
     return out
 
 
-def _reason_to_skip(name: str, module: nn.Linear, shared: bool, exclude: Sequence[Selector]) -> str | None:
+def _reason_to_skip(
+    name: str, module: Layer, shared: bool, exclude: Sequence[Selector], reached: tuple[int, ...] | None
+) -> str | None:
     if any(matches(selector, name, module) for selector in exclude):
         return "excluded"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its parent reads the weight directly (nn.MultiheadAttention)"
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, nn.Conv2d):
         return f"a subclass ({type(module).__name__}) may compute something else"
     if module.weight.device.type != "cpu":
         return f"its weight is on {module.weight.device}; sparse kernels run on the CPU"
@@ -105,7 +109,28 @@ def _reason_to_skip(name: str, module: nn.Linear, shared: bool, exclude: Sequenc
         return f"its weight is {module.weight.dtype}"
     if shared:
         return "its weight is tied to another layer's"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"it has {module.groups} groups"
+    if isinstance(module, nn.Conv2d) and reached is None:
+        return "a convolution that no `example` reaches"
     return None
+
+
+def _shapes_of_inputs(model: nn.Module, example: Any) -> dict[nn.Module, tuple[int, ...]]:
+    """What reaches each convolution when the model gets `example`: the shape of its first input."""
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        shapes.setdefault(module, tuple(arguments[0].shape))
+
+    handles = [module.register_forward_pre_hook(hook) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    try:
+        with evaluating(model):
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def sparsify_(
@@ -113,17 +138,20 @@ def sparsify_(
     *,
     scheme: str | QuantScheme | None = None,
     rows: Sequence[int] = (1, 128),
+    example: Any = None,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
 ) -> SparsifyReport:
-    """Replaces every nn.Linear of `model` by its fastest form on this machine, in place; prune_ comes first.
+    """Replaces every nn.Linear and nn.Conv2d of `model` by its fastest form on this machine, in place, after prune_.
 
-    Candidates: the dense layer as it is, SparseLinear (the same weights to the bit), with `scheme` ("w8a8", ...)
-    QuantLinear, with "w8a8" SparseLinear of int8 weights. Each is timed in turn with `rows` rows of random input, on
-    torch's number of threads; that with the least product of its times wins, the dense layer stays where no
-    other takes under 0.97 of its time. Layers of one shape, type, pattern and share of zeros (in hundredths) are timed
-    once. Masks (prune_(keep_masks=True), GradualPruner) are dropped first. Returns a row a layer with all times. Raises
-    ValueError when a selector matches nothing, `rows` is empty or holds a number below 1, or there is no layer.
+    Candidates: the dense layer as it is, SparseLinear or SparseConv2d (the same weights to the bit), with `scheme`
+    ("w8a8", ...) QuantLinear, with "w8a8" sparse layers of int8 weights. Each is timed in turn on random input, on
+    torch's number of threads: an nn.Linear with each number of `rows`, an nn.Conv2d with the shape that reaches it when
+    the model gets `example` (a tensor, a tuple of arguments or a mapping of keywords; without one they stay). That
+    with the least product of its times wins; the dense layer stays where no other takes under 0.97 of its time. Layers
+    of one shape, type, pattern and share of zeros (in hundredths) are timed once. Masks (prune_(keep_masks=True),
+    GradualPruner) are dropped first. Returns a row a layer with all times. Raises ValueError when a selector matches
+    nothing, `rows` is empty or holds a number below 1, or there is no layer.
     """
     chosen_scheme = None if scheme is None else QuantScheme.of(scheme)
     counts = tuple(rows)
@@ -131,7 +159,7 @@ def sparsify_(
         raise ValueError(f"sparsify_: rows is {rows!r}; allowed: one or more numbers, each 1 or more")
     selectors, excluded = as_selectors(include), as_selectors(exclude)
     finalize_(model)
-    sites = [site for site in sites_of(model) if isinstance(site[3], nn.Linear)]
+    sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Conv2d))]
     named = [(name, module) for _, _, name, module in sites]
     check_selectors("sparsify_", "include", selectors, named)
     check_selectors("sparsify_", "exclude", excluded, named)
@@ -139,8 +167,9 @@ def sparsify_(
     for _, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
+    reached = {} if example is None else _shapes_of_inputs(model, example)
 
-    report = SparsifyReport(counts)
+    report = SparsifyReport()
     measured: dict[tuple[object, ...], dict[str, tuple[float, ...]]] = {}
     made: dict[int, tuple[nn.Module, nn.Module]] = {}  # the old one too: its id must not be given to another
     for parent, attribute, name, module in progress(sites, "measuring"):
@@ -148,7 +177,7 @@ def sparsify_(
             continue
         shape, before = tuple(module.weight.shape), _bytes(module)
         zeros = 0.0 if module.weight.is_meta else float((module.weight == 0).float().mean())
-        reason = _reason_to_skip(name, module, len(owners[id(module.weight)]) > 1, excluded)
+        reason = _reason_to_skip(name, module, len(owners[id(module.weight)]) > 1, excluded, reached.get(module))
         if reason:
             report.rows.append(SparsifyRow(name, shape, zeros, "", before, before, skipped=reason))
             continue
@@ -156,11 +185,18 @@ def sparsify_(
             setattr(parent, attribute, made[id(module)][1])
             continue
         builders = _candidates(module, chosen_scheme)
-        key = (shape, module.weight.dtype, round(zeros, 2), Pattern.detect(module.weight != 0))
+        if isinstance(module, nn.Conv2d):
+            shapes = [reached[module]]
+            geometry: tuple[object, ...] = (module.stride, module.padding, module.dilation, module.padding_mode)
+            inputs = tuple("x".join(map(str, size)) for size in shapes)
+        else:
+            shapes, geometry = [(count, module.in_features) for count in counts], ()
+            inputs = tuple(f"{count} rows" for count in counts)
+        pattern = Pattern.detect(as_matrix(module.weight) != 0)
+        key = (shape, module.weight.dtype, round(zeros, 2), pattern, geometry, *shapes)
         if key not in measured:
             layers = {label: build() for label, build in builders.items()}
-            inputs = [torch.randn(count, module.in_features, dtype=module.weight.dtype) for count in counts]
-            seconds = [_in_turn(layers, x) for x in inputs]
+            seconds = [_in_turn(layers, torch.randn(size, dtype=module.weight.dtype)) for size in shapes]
             measured[key] = {label: tuple(1e3 * part[label] for part in seconds) for label in layers}
         times = measured[key]
         score = {label: float(torch.tensor(values).log().mean()) for label, values in times.items()}
@@ -170,8 +206,8 @@ def sparsify_(
         new = builders[best]()
         made[id(module)] = (module, new)
         setattr(parent, attribute, new)
-        report.rows.append(SparsifyRow(name, shape, zeros, best, before, _bytes(new), times))
+        report.rows.append(SparsifyRow(name, shape, zeros, best, before, _bytes(new), inputs, times))
     if all(row.skipped for row in report.rows):
-        skipped = ", ".join(f"{row.name} ({row.skipped})" for row in report.rows) or "no nn.Linear found"
+        skipped = ", ".join(f"{row.name} ({row.skipped})" for row in report.rows) or "no nn.Linear or nn.Conv2d found"
         raise ValueError(f"sparsify_: nothing to do in {type(model).__name__}; skipped: {skipped}")
     return report

@@ -25,7 +25,7 @@ SIZES = [  # (n, k)
     (70, 1000),  # an odd number of quads in the last step of neoni8mm
 ]
 PATTERNS = ["unstructured", "16x4", "1x4"]
-KERNELS = ["blocks", "streams", "dense"]
+KERNELS = ["blocks", "groups", "pairs", "dense"]
 
 
 def make(n: int, k: int, sparsity: float, pattern: str, rng: torch.Generator):
@@ -40,12 +40,12 @@ def check(m: int, n: int, k: int, sparsity: float, pattern: str, dtype: torch.dt
     x, bias = torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
     want = reference.sparse_linear(x, values, bitmask, scale, bias)
     sources = values, bitmask, scale
-    weight = cpu_sparse.pack_int8(sources, k)
-    for kernel in KERNELS:
-        got = cpu_sparse.int8_product(x, weight, sources, bias, "none", kernel)
+    weight = cpu_sparse.pack(sources, k)
+    for kernel in [*KERNELS, "row"] if m == 1 else KERNELS:
+        got = cpu_sparse.product(x, weight, sources, bias, "none", kernel)
         assert got.dtype == dtype
         assert torch.equal(got, want), (kernel, m, n, k, sparsity, pattern, dtype)
-    with_activation = [cpu_sparse.int8_product(x, weight, sources, bias, act, kernel) for kernel in KERNELS]
+    with_activation = [cpu_sparse.product(x, weight, sources, bias, act, kernel) for kernel in KERNELS]
     assert all(torch.equal(with_activation[0], other) for other in with_activation[1:])
 
 
@@ -68,9 +68,9 @@ def test_the_largest_sums_are_exact(rng):
     scale = torch.ones(2, 1)
     want = reference.sparse_linear(x, values, bitmask, scale, None)
     sources = values, bitmask, scale
-    weight = cpu_sparse.pack_int8(sources, k)
+    weight = cpu_sparse.pack(sources, k)
     for kernel in KERNELS:
-        assert torch.equal(cpu_sparse.int8_product(x, weight, sources, None, "none", kernel), want), kernel
+        assert torch.equal(cpu_sparse.product(x, weight, sources, None, "none", kernel), want), kernel
 
 
 def test_many_rows_are_cut(threads, rng):
@@ -101,21 +101,25 @@ def test_nan_stays_in_its_row(rng):
     x = torch.randn(70, 30, generator=rng)
     x[3, 4] = torch.nan
     sources = values, bitmask, scale
-    weight = cpu_sparse.pack_int8(sources, 30)
+    weight = cpu_sparse.pack(sources, 30)
     for kernel in KERNELS:
-        y = cpu_sparse.int8_product(x, weight, sources, None, "none", kernel)
+        y = cpu_sparse.product(x, weight, sources, None, "none", kernel)
         assert y.isnan().all(1).nonzero().flatten().tolist() == [3]
         assert y.isnan().any(1).nonzero().flatten().tolist() == [3]
 
 
 def test_the_choice_follows_the_zeros(rng):
-    few = cpu_sparse.pack_int8(make(256, 256, 0.05, "unstructured", rng), 256)
+    few = cpu_sparse.pack(make(256, 256, 0.05, "unstructured", rng), 256)
     assert few.kernel(64) == few.kernel(1) == "dense"
-    blocks = cpu_sparse.pack_int8(make(256, 256, 0.8, "16x4", rng), 256)
+    blocks = cpu_sparse.pack(make(256, 256, 0.8, "16x4", rng), 256)
     assert blocks.kernel(64) == blocks.kernel(1) == "blocks"
     assert blocks.blocks == pytest.approx(0.2, abs=0.01)
-    scattered = cpu_sparse.pack_int8(make(256, 256, 0.99, "unstructured", rng), 256)
-    assert scattered.kernel(64) == "streams"
+    scattered = cpu_sparse.pack(make(256, 256, 0.99, "unstructured", rng), 256)
+    assert scattered.kernel(64) == "pairs"
+    grouped = cpu_sparse.pack(make(256, 256, 0.9, "1x4", rng), 256)
+    assert grouped.kernel(64) == "groups"
+    assert grouped.kernel(1) in ("row", "dense")
+    assert grouped.groups == pytest.approx(0.1, abs=0.01)
 
 
 def test_masks_that_lie_are_refused(rng):
@@ -152,13 +156,13 @@ def test_operands_that_do_not_fit(change, text, rng):
 
 def test_what_was_packed_goes_with_the_weight(rng):
     def alive() -> int:
-        caches = cpu_sparse._int8, cpu_sparse._streams
+        caches = cpu_sparse._weights, cpu_sparse._streams
         return sum(not e.sources[0][0].expired() for cache in caches for e in cache._entries.values())
 
     before = alive()
     for _ in range(3):
         sources = make(64, 64, 0.5, "unstructured", rng)
-        weight = cpu_sparse.pack_int8(sources, 64)
+        weight = cpu_sparse.pack(sources, 64)
         for kernel in KERNELS:
             weight.form(kernel, sources)
         assert alive() >= 2

@@ -493,7 +493,8 @@ void check_sparse(Random& rng, Digest& digest) {
   for (const int rows : {1, 2, 7, 16, 33, 65}) {
     for (const int kept_of_16 : {0, 3, 16}) {
       std::vector<int8_t> weight(size_t(kN * kK));
-      std::vector<float> values, scale, bias, x(size_t(rows * kK));
+      std::vector<int8_t> values;
+      std::vector<float> scale, bias, x(size_t(rows * kK));
       std::vector<uint8_t> mask(size_t(kN * divide_up(kK, 8)));
       for (int c = 0; c < kN; ++c) {
         for (int i = 0; i < kK; ++i) {
@@ -502,7 +503,7 @@ void check_sparse(Random& rng, Digest& digest) {
           if (rng.below(8) == 0 || !(in_block || rng.below(200) == 0)) continue;
           const int w = rng.below(255) - 127;
           weight[size_t(c * kK + i)] = int8_t(w);
-          values.push_back(float(w));
+          values.push_back(int8_t(w));
           mask[size_t(c * divide_up(kK, 8) + i / 8)] |= uint8_t(1 << i % 8);
         }
         scale.push_back((rng.uniform() + 1.01f) * 0.01f);
@@ -514,12 +515,10 @@ void check_sparse(Random& rng, Digest& digest) {
       const int64_t steps = count_steps(weight.data(), kN, kK, quads);
       std::vector<uint64_t> dense(size_t(PackedLayout(packed_weight(nullptr, kN, kK, 8, kK, true)).bytes / 8 + 8));
       std::vector<uint64_t> blocks(size_t(PackedBlocksLayout(kN, steps, quads).bytes / 8 + 8));
-      std::vector<uint64_t> streams(size_t(SparseRowsLayout(kN, kK, nonzeros).bytes / 8 + 8));
       const auto bytes = [](std::vector<uint64_t>& words) { return reinterpret_cast<uint8_t*>(words.data()); };
       pack_int8(weight.data(), scale.data(), kN, kK, bytes(dense));
       pack_int8_blocks(weight.data(), scale.data(), kN, kK, steps, quads, bytes(blocks));
       if (count_ones(mask.data(), kN, kK) != nonzeros) fail("sparse: the mask's ones are miscounted");
-      pack_sparse_rows(values.data(), mask.data(), kN, kK, nonzeros, bytes(streams));
       std::vector<float> want(size_t(rows * kN)), got(want.size(), NAN);
       GemmArgs args{x.data(),
                     Dtype::f32,
@@ -542,9 +541,17 @@ void check_sparse(Random& rng, Digest& digest) {
       args.y = got.data();
       gemm(args);
       compare("blocks");
-      sparse_rows({x.data(), Dtype::f32, kK, rows, sparse_rows_view(bytes(streams), kN, kK, nonzeros), bias.data(),
-                   Activation::relu, got.data(), 2, scale.data()});
-      compare("streams");
+      const auto check_stream = [&](SparseForm form, int slice) {
+        const int64_t items = count_items(mask.data(), kN, kK, form, slice);
+        std::vector<uint64_t> stream(size_t(SparseRowsLayout(kN, kK, form, slice, items).bytes / 8 + 8));
+        pack_sparse_rows(values.data(), mask.data(), kN, kK, form, slice, items, bytes(stream));
+        sparse_rows({x.data(), Dtype::f32, kK, rows, sparse_rows_view(bytes(stream), kN, kK, form, slice, items),
+                     bias.data(), Activation::relu, got.data(), 2, scale.data()});
+        compare(form == SparseForm::pairs ? "pairs" : "groups");
+      };
+      check_stream(SparseForm::pairs, kSparseSlice);
+      check_stream(SparseForm::groups, kSparseSlice);
+      if (rows == 1) check_stream(SparseForm::pairs, kLongSlice);
       digest.add(want.data(), want.size() * sizeof(float));
     }
   }

@@ -107,6 +107,6 @@ def test_a_convolutional_network_keeps_its_accuracy():
     for layer in (model[2], model[5], model[7]):
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.8, abs=0.01)
     sparse = LeptonModel(model).model
-    sparse[5] = lk.nn.SparseLinear.from_linear(sparse[5])
+    sparse[2], sparse[5] = lk.nn.SparseConv2d.from_conv(sparse[2]), lk.nn.SparseLinear.from_linear(sparse[5])
     with torch.inference_mode():
         assert torch.equal(sparse(test_images).argmax(1), model(test_images).argmax(1))

@@ -200,7 +200,7 @@ def test_sparsify_times_for_real():
 
 
 def test_sparsify_errors():
-    with pytest.raises(ValueError, match=r"nothing to do in Sequential; skipped: no nn\.Linear found"):
+    with pytest.raises(ValueError, match=r"nothing to do in Sequential; skipped: no nn\.Linear or nn\.Conv2d found"):
         sparsify_(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match=r"rows is \(\); allowed"):
         sparsify_(nn.Sequential(nn.Linear(4, 4)), rows=())

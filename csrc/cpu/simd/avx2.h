@@ -123,6 +123,44 @@ LEPTON_INLINE __m256i broadcast_quad(const uint8_t* a) {
   return _mm256_set1_epi32(quad);
 }
 
+// Packs work on each 128 bits: rows 0-3, 8-11, 4-7, 12-15, which the unpacks of dot_pair undo.
+LEPTON_INLINE void store_turned(int16_t* p, const I32x16 (&rows)[1]) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packs_epi32(rows[0].half[0], rows[0].half[1]));
+}
+
+LEPTON_INLINE __m256i add_int16_products(__m256i acc, __m256i a, __m256i w) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(acc, a, w);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, w));
+#endif
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_pair(I32x16 (&acc)[vectors], const void* x0, const void* x1, const uint8_t* w) {
+  const __m256i weights = broadcast_quad(w);
+  unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE {
+    const __m256i first = _mm256_loadu_si256(static_cast<const __m256i*>(x0) + v);
+    const __m256i second = _mm256_loadu_si256(static_cast<const __m256i*>(x1) + v);
+    acc[v].half[0] = add_int16_products(acc[v].half[0], _mm256_unpacklo_epi16(first, second), weights);
+    acc[v].half[1] = add_int16_products(acc[v].half[1], _mm256_unpackhi_epi16(first, second), weights);
+  });
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_group(I32x16 (&acc)[vectors], const void* x, const uint8_t* w) {
+  const __m256i weights = broadcast_quad(w);
+  unroll<2 * vectors>([&]<int h>() LEPTON_LAMBDA_INLINE {
+    const __m256i activations = _mm256_loadu_si256(static_cast<const __m256i*>(x) + h);
+    __m256i& sums = acc[h / 2].half[h % 2];
+#if defined(__AVXVNNI__)
+    sums = _mm256_dpbusd_avx_epi32(sums, activations, weights);
+#else
+    sums = add_int16_products(sums, activations, weights);
+#endif
+  });
+}
+
 #if !defined(__AVXVNNI__)  // simd/avxvnni.h has its own products
 // vpmaddubsw would saturate on uint8 x int8 (255 * 127 * 2 > 32767), so int8 products run as int16 by vpmaddwd, which
 // is exact: a quad k0 k1 k2 k3 of activations is stored as the int16 pairs (k0, k2) and (k1, k3).

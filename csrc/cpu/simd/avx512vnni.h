@@ -108,6 +108,30 @@ LEPTON_INLINE __m512i broadcast_quad(const uint8_t* a) {
   return _mm512_set1_epi32(quad);
 }
 
+// Packs work on each 128 bits: four rows of the first sixteen, four of the others. The unpacks of dot_pair undo it.
+LEPTON_INLINE void store_turned(int16_t* p, const I32x16 (&rows)[2]) {
+  _mm512_storeu_si512(p, _mm512_packs_epi32(rows[0].v, rows[1].v));
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_pair(I32x16 (&acc)[vectors], const void* x0, const void* x1, const uint8_t* w) {
+  const __m512i weights = broadcast_quad(w);
+  unroll<vectors / 2>([&]<int v>() LEPTON_LAMBDA_INLINE {
+    const __m512i first = _mm512_loadu_si512(static_cast<const __m512i*>(x0) + v);
+    const __m512i second = _mm512_loadu_si512(static_cast<const __m512i*>(x1) + v);
+    acc[2 * v].v = _mm512_dpwssd_epi32(acc[2 * v].v, _mm512_unpacklo_epi16(first, second), weights);
+    acc[2 * v + 1].v = _mm512_dpwssd_epi32(acc[2 * v + 1].v, _mm512_unpackhi_epi16(first, second), weights);
+  });
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_group(I32x16 (&acc)[vectors], const void* x, const uint8_t* w) {
+  const __m512i weights = broadcast_quad(w);
+  unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE {
+    acc[v].v = _mm512_dpbusd_epi32(acc[v].v, _mm512_loadu_si512(static_cast<const __m512i*>(x) + v), weights);
+  });
+}
+
 template <int rows>
 LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
   const __m512i weights = _mm512_loadu_si512(w);

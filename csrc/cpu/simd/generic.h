@@ -164,6 +164,11 @@ template <int nibble>
 LEPTON_INLINE Pairs widen_nibble(Pairs w) {
   return _mm_and_si128(_mm_srli_epi16(w, 4 * nibble), _mm_set1_epi16(0xf));
 }
+// Four int16 of each in turn, the lower or the upper ones.
+template <int half>
+LEPTON_INLINE Pairs interleave(Pairs a, Pairs b) {
+  return half ? _mm_unpackhi_epi16(a, b) : _mm_unpacklo_epi16(a, b);
+}
 LEPTON_INLINE void add_products(int32_t* acc, Pairs a, Pairs w) {
   __m128i* const sums = reinterpret_cast<__m128i*>(acc);
   _mm_storeu_si128(sums, _mm_add_epi32(_mm_loadu_si128(sums), _mm_madd_epi16(a, w)));
@@ -192,10 +197,40 @@ LEPTON_INLINE Pairs widen_nibble(Pairs w) {
   for (int16_t& k : w.k) k = int16_t(uint16_t(k) >> (4 * nibble) & 0xf);
   return w;
 }
+template <int half>
+LEPTON_INLINE Pairs interleave(Pairs a, Pairs b) {
+  Pairs out;
+  for (int i = 0; i < 8; ++i) out.k[i] = (i % 2 ? b : a).k[4 * half + i / 2];
+  return out;
+}
 LEPTON_INLINE void add_products(int32_t* acc, Pairs a, Pairs w) {
   for (int i = 0; i < 4; ++i) acc[i] += int32_t(a.k[2 * i]) * w.k[2 * i] + int32_t(a.k[2 * i + 1]) * w.k[2 * i + 1];
 }
 #endif
+
+LEPTON_INLINE void store_turned(int16_t* p, const I32x16 (&rows)[1]) {
+  for (int i = 0; i < 16; ++i) p[i] = int16_t(rows[0].lane[i]);
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_pair(I32x16 (&acc)[vectors], const void* x0, const void* x1, const uint8_t* w) {
+  const Pairs weights = broadcast_pair(w);
+  unroll<2 * vectors>([&]<int i>() LEPTON_LAMBDA_INLINE {  // eight rows
+    const Pairs first = load_pairs(static_cast<const int16_t*>(x0) + 8 * i);
+    const Pairs second = load_pairs(static_cast<const int16_t*>(x1) + 8 * i);
+    int32_t* const sums = acc[i / 2].lane + i % 2 * 8;
+    add_products(sums, interleave<0>(first, second), weights);
+    add_products(sums + 4, interleave<1>(first, second), weights);
+  });
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_group(I32x16 (&acc)[vectors], const void* x, const uint8_t* w) {
+  const Pairs weights = broadcast_pair(w);
+  unroll<4 * vectors>([&]<int i>() LEPTON_LAMBDA_INLINE {  // four rows
+    add_products(acc[i / 4].lane + i % 4 * 4, load_pairs(static_cast<const int16_t*>(x) + 8 * i), weights);
+  });
+}
 
 template <int rows>
 LEPTON_INLINE void dot_int16_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {

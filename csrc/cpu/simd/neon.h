@@ -135,6 +135,36 @@ LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
 }
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }
 
+LEPTON_INLINE void store_turned(int16_t* p, const I32x16 (&rows)[1]) {
+  for (int i = 0; i < 2; ++i)
+    vst1q_s16(p + 8 * i, vmovn_high_s32(vmovn_s32(rows[0].part[2 * i]), rows[0].part[2 * i + 1]));
+}
+
+// smlal widens by itself: nothing is interleaved.
+template <int vectors>
+LEPTON_INLINE void dot_pair(I32x16 (&acc)[vectors], const void* x0, const void* x1, const uint8_t* w) {
+  int16_t weight[2];
+  __builtin_memcpy(weight, w, 4);
+  unroll<2 * vectors>([&]<int i>() LEPTON_LAMBDA_INLINE {  // eight rows
+    const int16x8_t first = vld1q_s16(static_cast<const int16_t*>(x0) + 8 * i);
+    const int16x8_t second = vld1q_s16(static_cast<const int16_t*>(x1) + 8 * i);
+    int32x4_t &low = acc[i / 2].part[i % 2 * 2], &high = acc[i / 2].part[i % 2 * 2 + 1];
+    low = vmlal_n_s16(vmlal_n_s16(low, vget_low_s16(first), weight[0]), vget_low_s16(second), weight[1]);
+    high = vmlal_high_n_s16(vmlal_high_n_s16(high, first, weight[0]), second, weight[1]);
+  });
+}
+
+template <int vectors>
+LEPTON_INLINE void dot_group(I32x16 (&acc)[vectors], const void* x, const uint8_t* w) {
+  int32_t quad;
+  __builtin_memcpy(&quad, w, 4);
+  const int8x16_t weights = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+  unroll<4 * vectors>([&]<int i>() LEPTON_LAMBDA_INLINE {  // four rows
+    int32x4_t& sums = acc[i / 4].part[i % 4];
+    sums = vdotq_s32(sums, vld1q_s8(static_cast<const int8_t*>(x) + 16 * i), weights);
+  });
+}
+
 #if !defined(LEPTON_ISA_NEONI8MM)  // simd/neoni8mm.h has its own products
 
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 4 weights + 4 activations of 32 registers

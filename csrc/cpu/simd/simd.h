@@ -16,6 +16,10 @@
 //                       int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
 //   dot_u4<rows>(low, high, ...)   the same in two sums, low + high / 16; for at most kSplitSums of low
+//   store_turned(p, rows[])             a column of 16 or 32 rows of X as int16, in the level's own order
+//   dot_pair<vectors>(acc, x0, x1, w)   acc[v] += w[0] * x0 + w[1] * x1: 16 rows of two such columns, int16 weights
+//   dot_group<vectors>(acc, x, w)       acc[v] += X[16 rows, 2 or 4] . w: neighbours as int16, or as bytes (X uint8, or
+//                                       int8 where signed_quads); sparse_rows.h has both
 //   sums_to_rows<rows>  behind the last product: acc[r] becomes the sums of row r
 //   dot_int16_s8<rows>  dot_int16_u4<rows>   the same with A in quads of int16
 //   dot_unpacked<rows>  acc[r] += A[r, 0..kUnpackedStep] . W[0..kUnpackedStep, 16 columns]: A int8, W nibbles as uint8
