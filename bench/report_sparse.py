@@ -7,7 +7,7 @@ import rivals_sparse
 from gemm_shapes import LLM
 from tables import Run, markdown, milliseconds
 
-SPARSE_PEERS = ("torch CSR", "scipy CSR", "torch BSR")
+SPARSE_PEERS = ("torch CSR", "scipy CSR", "torch BSR", "DeepSparse")
 # (pattern, sparsity): the least ratio of the dense contender's time to ours, by what is multiplied; issue's table.
 FLOAT_128 = {0.7: 2.5, 0.8: 3.3, 0.9: 5.5, 0.95: 10.0}
 INT8_128 = {0.7: 1.0, 0.8: 1.3, 0.9: 2.5, 0.95: 5.0}
