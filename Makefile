@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-BENCHES := bench-gemm bench-sparse bench-codec bench-pipeline bench-prune bench-recurrent
+BENCHES := bench-gemm bench-sparse bench-convolution bench-codec bench-pipeline bench-prune bench-recurrent
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
@@ -36,6 +36,7 @@ test: .venv/.native ## All tests
 bench: $(BENCHES) ## Everything beside its peers and the machine's limits; writes bench/RESULTS.md
 bench-gemm: ## Its GEMM part: table, plot and targets; LEPTON_BENCH_CASES=quick or full
 bench-sparse: ## Its sparse part: tables, crossover plot and targets
+bench-convolution: ## Its part of pruned convolutions
 bench-codec: ## Its codec part
 bench-pipeline: ## Its part on a whole model
 bench-prune: ## Its pruning part

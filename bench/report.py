@@ -30,6 +30,7 @@ NOTES = {
     "pipeline": "ms; MiniLM, 128 tokens; cosine: between sentence embeddings and those of torch fp32. Without VNNI "
     "onnxruntime and torch sum int8 products in saturating 16 bits.",
     "prune": "ms.",
+    "convolution": "ms; fp32 but for w8a8. Pruned layers and a network of them (bench/bench_convolution.py).",
     "recurrent": "ms; the whole sequence.",
     "sparse": "Y = X W^T, all of the same pruned weight; `dense`: all of it. The fastest dense float product of torch, "
     "onnxruntime and OpenVINO is what fp32 is held against. Sparse matrices of torch and scipy get X turned.",

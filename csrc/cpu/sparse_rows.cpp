@@ -17,7 +17,8 @@ namespace {
 constexpr int kLanes = 16;
 // Rows of X that are turned at a time: what is turned (16 KiB a row with k = 4096) is read again for every block of W.
 constexpr int kMostRows = 512;
-// Below this many multiplications a second thread costs more than it saves (gemm.cpp).
+// Below this many multiplications a second thread costs more than it saves (gemm.cpp); those of a single row of X are
+// not done in vectors, and count for as many as a vector's.
 constexpr int64_t kParallelWork = 1000 * 1000;
 
 // A panel of rows of X, and how many vectors hold it.
@@ -133,7 +134,9 @@ void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int
 void sparse_rows(const SparseRowsArgs& args) {
   const Isa isa = isa_in_use();
   if (args.m == 0 || args.weight.n == 0) return;
-  const int threads = args.m * args.weight.items() < kParallelWork ? 1 : std::max(1, args.threads);
+  const int64_t rows = args.m == 1 ? kLanes : args.m;
+  const int threads =
+      rows * args.weight.items() * places_of(args.weight.form) < kParallelWork ? 1 : std::max(1, args.threads);
   advise_huge_pages(args.y, int64_t(args.m) * args.weight.n * dtype_bytes(args.dtype));
   if (args.m == 1 && args.weight.form != SparseForm::groups) return one_row(args, isa, threads);
   const int parts = divide_up(args.m, kMostRows), each = round_up(divide_up(args.m, parts), kLanes);

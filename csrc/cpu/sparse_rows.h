@@ -1,14 +1,14 @@
 // sparse_rows.h - Y = activation(X @ W^T + bias) on the CPU, for a W whose zeros lie anywhere.
 //
-// W is stored as streams of its nonzeros: for each block of 128 rows and each slice of columns, row after row. Rows
+// W is stored as streams of its nonzeros: for each block of 256 rows and each slice of columns, row after row. Rows
 // of as many nonzeros follow each other within a block of a slice: where a loop ends is then foreseen. X is turned so
 // that one column of it lies in vectors, and a nonzero is a broadcast and a few multiply-adds, at any sparsity; a slice
 // of 256 columns of turned X stays close to the core while a block passes by. For a single row of X, which all of it
 // fits there, slices are as long as a place can say.
 //
 //   begin  int64  [blocks][slices] and one more   where the block of the slice begins in the stream
-//   row    uint8  [blocks][slices][128]           of the block, in the order of the stream; past n there are none
-//   count  uint16 [blocks][slices][128]           items of that row in the stream
+//   row    uint8  [blocks][slices][256]           of the block, in the order of the stream; past n there are none
+//   count  uint16 [blocks][slices][256]           items of that row in the stream
 //   sum    int32  [n]                             of the row's weights (groups)
 //   value  4 bytes [items]
 //   place  uint16 [items][1 or 2]                 the column, less the slice's first; of groups in units of their size
@@ -33,7 +33,7 @@
 
 namespace lepton {
 
-constexpr int kSparseRows = 128, kSparseSlice = 256;
+constexpr int kSparseRows = 256, kSparseSlice = 256;
 constexpr int kLongSlice = 1 << 15;  // of weights for a single row of X
 constexpr int kSparseAhead = 1024;   // bytes that are fetched ahead, and may lie past the end
 

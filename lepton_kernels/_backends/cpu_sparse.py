@@ -23,19 +23,19 @@ FLOATS, PAIRS, GROUPS = 0, 1, 2  # SparseForm in csrc/cpu/sparse_rows.h
 # 4096 x 4096, 128 rows, on the machine of bench/RESULTS.md. The others: by the instructions that either takes, and the
 # ports that run them.
 _PAIR_COST = {
-    "generic": 1.5, "ssse3": 1.5, "avx2": 1.4, "avxvnni": 3.0, "avx512vnni": 4.0, "avx512vbmi2": 3.0, "amx": 30.0,
+    "generic": 2.0, "ssse3": 2.0, "avx2": 2.0, "avxvnni": 3.0, "avx512vnni": 4.0, "avx512vbmi2": 3.0, "amx": 30.0,
     "neondot": 3.0, "neoni8mm": 6.0,
 }  # fmt: skip
 _GROUP_COST = {
-    "generic": 1.2, "ssse3": 1.2, "avx2": 1.1, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
+    "generic": 1.2, "ssse3": 1.2, "avx2": 1.2, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
     "neondot": 1.3, "neoni8mm": 2.6,
 }  # fmt: skip
 # Time of a nonzero against one row of X over that of a weight of the dense int8 kernel with one row; measured as above.
 _ROW_COST = {
-    "generic": 3.0, "ssse3": 3.0, "avx2": 8.0, "avxvnni": 8.0, "avx512vnni": 12.0, "avx512vbmi2": 12.0, "amx": 12.0,
-    "neondot": 8.0, "neoni8mm": 8.0,
+    "generic": 4.0, "ssse3": 4.0, "avx2": 12.0, "avxvnni": 12.0, "avx512vnni": 16.0, "avx512vbmi2": 16.0, "amx": 16.0,
+    "neondot": 12.0, "neoni8mm": 12.0,
 }  # fmt: skip
-_STREAM_START = 0.06  # of the dense kernel's time: activations are turned, sums come and go
+_STREAM_START = 0.05  # of the dense kernel's time: activations are turned, sums come and go
 _BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
 _STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
 
