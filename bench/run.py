@@ -1,9 +1,9 @@
 """Measures one part of RESULTS.md and writes it: python bench/run.py PART [arguments of pytest]
 
 PART: gemm, sparse, convolution, codec, pipeline, prune or recurrent. With arguments, and in a quick run, the report is
-printed and RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and after; then the
-quick cases with older levels, beside torch held to the same one. codec: with the machine's level, then Huffman decoding
-with older ones.
+printed and RESULTS.md stays as it is. gemm: with one thread and with all, the machine's limits measured before and
+after; then the quick cases with older levels, beside torch held to the same one. codec: with the machine's level, then
+Huffman decoding with older ones.
 """
 
 import json
