@@ -197,8 +197,8 @@ void bind_gemm_int8_blocks(uintptr_t x, int dtype, int64_t x_stride, int m, uint
 }
 
 SparseForm sparse_form(int form) {
-  check(form >= 0 && form <= int(SparseForm::groups),
-        "sparse_rows: form is " + std::to_string(form) + "; allowed: 0 to 2");
+  check(form >= 0 && form <= int(SparseForm::twins),
+        "sparse_rows: form is " + std::to_string(form) + "; allowed: 0 to 3");
   return static_cast<SparseForm>(form);
 }
 
@@ -240,7 +240,8 @@ void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t
                       int threads) {
   check_activation(activation);
   sparse_rows_bytes(n, k, form, slice, items);
-  check(slice == kSparseSlice || (m == 1 && sparse_form(form) != SparseForm::groups),
+  const bool for_one = sparse_form(form) == SparseForm::floats || sparse_form(form) == SparseForm::pairs;
+  check(slice == kSparseSlice || (m == 1 && for_one),
         "sparse_rows: m is " + std::to_string(m) + "; allowed with long slices: 1, and floats or pairs");
   const SparseRowsArgs args{at<const void>(x),
                             static_cast<Dtype>(dtype),

@@ -135,10 +135,12 @@ void sparse_rows(const SparseRowsArgs& args) {
   const Isa isa = isa_in_use();
   if (args.m == 0 || args.weight.n == 0) return;
   const int64_t rows = args.m == 1 ? kLanes : args.m;
-  const int threads =
-      rows * args.weight.items() * places_of(args.weight.form) < kParallelWork ? 1 : std::max(1, args.threads);
+  const SparseForm form = args.weight.form;
+  const int threads = rows * args.weight.items() * places_of(form) * rows_per_item(form) < kParallelWork
+                          ? 1
+                          : std::max(1, args.threads);
   advise_huge_pages(args.y, int64_t(args.m) * args.weight.n * dtype_bytes(args.dtype));
-  if (args.m == 1 && args.weight.form != SparseForm::groups) return one_row(args, isa, threads);
+  if (args.m == 1 && (form == SparseForm::floats || form == SparseForm::pairs)) return one_row(args, isa, threads);
   const int parts = divide_up(args.m, kMostRows), each = round_up(divide_up(args.m, parts), kLanes);
   for (int row = 0; row < args.m; row += each) many_rows(args, isa, row, std::min(each, args.m - row), threads);
 }
@@ -167,9 +169,17 @@ int columns_of(const uint8_t* mask, int mask_bytes, int begin, int length, uint1
   return count;
 }
 
-// Items of so many nonzeros of a row.
+// The bitmask of a row of the stream: of one row of W, or of two that end up in one.
+std::vector<uint8_t> mask_of(const uint8_t* bitmask, int mask_bytes, int row, int rows) {
+  std::vector<uint8_t> mask(bitmask + int64_t(row) * mask_bytes, bitmask + int64_t(row + 1) * mask_bytes);
+  for (int i = 1; i < rows; ++i)
+    for (int b = 0; b < mask_bytes; ++b) mask[b] |= bitmask[int64_t(row + i) * mask_bytes + b];
+  return mask;
+}
+
+// Items of so many columns with a nonzero.
 int items_of(const uint16_t* columns, int count, SparseForm form, int group) {
-  if (form == SparseForm::floats) return count;
+  if (is_float(form)) return count;
   if (form == SparseForm::pairs) return divide_up(count, 2);
   int items = 0;
   for (int i = 0; i < count; ++i) items += i == 0 || columns[i] / group != columns[i - 1] / group;
@@ -180,6 +190,16 @@ int items_of(const uint16_t* columns, int count, SparseForm form, int group) {
 void write_floats(const float* values, const uint16_t* columns, int count, float* value, uint16_t* place) {
   std::copy_n(values, count, value);
   std::copy_n(columns, count, place);
+}
+
+// One of two rows: every second value, 0 where the row has none. Returns how many values were taken.
+int write_twin(const float* values, const uint8_t* mask, const uint16_t* columns, int count, float* value) {
+  int taken = 0;
+  for (int i = 0; i < count; ++i) {
+    const bool there = mask[columns[i] / 8] >> columns[i] % 8 & 1;
+    value[2 * i] = there ? values[taken++] : 0.f;
+  }
+  return taken;
 }
 
 void write_pairs(const int8_t* values, const uint16_t* columns, int count, int16_t* value, uint16_t* place) {
@@ -207,12 +227,13 @@ void write_groups(const int8_t* values, const uint16_t* columns, int count, Weig
 }  // namespace
 
 int64_t count_items(const uint8_t* bitmask, int n, int k, SparseForm form, int slice) {
-  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use());
+  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use()), together = rows_per_item(form);
   std::vector<uint16_t> columns(std::min(k, slice));
   int64_t items = 0;
-  for (int r = 0; r < n; ++r, bitmask += mask_bytes) {
+  for (int r = 0; r < n; r += together) {
+    const std::vector<uint8_t> mask = mask_of(bitmask, mask_bytes, r, std::min(together, n - r));
     for (int begin = 0; begin < k; begin += slice) {
-      const int count = columns_of(bitmask, mask_bytes, begin, slice, columns.data());
+      const int count = columns_of(mask.data(), mask_bytes, begin, slice, columns.data());
       items += items_of(columns.data(), count, form, group);
     }
   }
@@ -230,10 +251,10 @@ void pack_sparse_rows(const void* values, const uint8_t* bitmask, int n, int k, 
   const auto* const floats = static_cast<const float*>(values);
   const auto* const integers = static_cast<const int8_t*>(values);
   std::memset(row, 0, size_t(layout.value - layout.row));
-  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use());
-  static_assert(kSparseSlice % 8 == 0);
+  const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use()), together = rows_per_item(form);
+  static_assert(kSparseSlice % 8 == 0 && kSparseRows % 2 == 0);
 
-  // Of each row: where its nonzeros of the slice at hand begin among the values.
+  // Of each row of W: where its nonzeros of the slice at hand begin among the values.
   std::vector<int64_t> next(n);
   int64_t before = 0;
   for (int r = 0; r < n; ++r) {
@@ -245,36 +266,58 @@ void pack_sparse_rows(const void* values, const uint8_t* bitmask, int n, int k, 
   }
   int64_t at = 0, cell = 0;
   const int most = std::min(k, slice);
-  std::vector<uint16_t> columns(size_t(kSparseRows) * most);  // of each row
+  std::vector<uint16_t> columns(size_t(kSparseRows) * most);  // of each row of the stream
   for (int block = 0; block < n; block += kSparseRows) {
-    const int rows = std::min(kSparseRows, n - block);
+    const int end = std::min(n, block + kSparseRows), rows = divide_up(end - block, together);
+    std::vector<std::vector<uint8_t>> masks;
+    for (int r = block; r < end; r += together)
+      masks.push_back(mask_of(bitmask, mask_bytes, r, std::min(together, end - r)));
     for (int first = 0; first < k; first += slice, ++cell) {
       begin[cell] = at;
       int nonzeros[kSparseRows], lengths[kSparseRows], order[kSparseRows];
       std::iota(order, order + rows, 0);
       for (int r = 0; r < rows; ++r) {
         uint16_t* const of_row = columns.data() + size_t(r) * most;
-        nonzeros[r] = columns_of(bitmask + int64_t(block + r) * mask_bytes, mask_bytes, first, slice, of_row);
+        nonzeros[r] = columns_of(masks[r].data(), mask_bytes, first, slice, of_row);
         lengths[r] = items_of(of_row, nonzeros[r], form, group);
       }
       std::stable_sort(order, order + rows, [&](int a, int b) { return lengths[a] > lengths[b]; });
       for (int i = 0; i < rows; ++i) {
-        const int r = order[i];
+        const int r = order[i], row_of_w = block + r * together;
         const uint16_t* const of_row = columns.data() + size_t(r) * most;
         row[cell * kSparseRows + i] = uint8_t(r);
         count[cell * kSparseRows + i] = uint16_t(lengths[r]);
-        uint8_t* const values_at = value + at * 4;
+        uint8_t* const values_at = value + at * value_bytes(form);
         uint16_t* const places_at = place + at * places_of(form);
-        const int64_t from = next[block + r];
-        if (form == SparseForm::floats)
-          write_floats(floats + from, of_row, nonzeros[r], reinterpret_cast<float*>(values_at), places_at);
-        else if (form == SparseForm::pairs)
-          write_pairs(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
-        else if (group == 2)
-          write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
-        else
-          write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int8_t*>(values_at), places_at);
-        next[block + r] += nonzeros[r];
+        const int64_t from = next[row_of_w];
+        switch (form) {
+          case SparseForm::floats:
+            write_floats(floats + from, of_row, nonzeros[r], reinterpret_cast<float*>(values_at), places_at);
+            break;
+          case SparseForm::twins: {
+            std::copy_n(of_row, nonzeros[r], places_at);
+            auto* const twins = reinterpret_cast<float*>(values_at);
+            for (int twin = 0; twin < together; ++twin) {
+              const int w = row_of_w + twin;
+              if (w < end) {
+                const uint8_t* const mask = bitmask + int64_t(w) * mask_bytes + first / 8;
+                next[w] += write_twin(floats + next[w], mask, of_row, nonzeros[r], twins + twin);
+              } else {
+                for (int j = 0; j < nonzeros[r]; ++j) twins[2 * j + twin] = 0;
+              }
+            }
+            break;
+          }
+          case SparseForm::pairs:
+            write_pairs(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
+            break;
+          case SparseForm::groups:
+            if (group == 2)
+              write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int16_t*>(values_at), places_at);
+            else
+              write_groups(integers + from, of_row, nonzeros[r], reinterpret_cast<int8_t*>(values_at), places_at);
+        }
+        if (form != SparseForm::twins) next[row_of_w] += nonzeros[r];
         at += lengths[r];
       }
     }

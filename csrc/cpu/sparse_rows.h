@@ -10,11 +10,14 @@
 //   row    uint8  [blocks][slices][256]           of the block, in the order of the stream; past n there are none
 //   count  uint16 [blocks][slices][256]           items of that row in the stream
 //   sum    int32  [n]                             of the row's weights (groups)
-//   value  4 bytes [items]
+//   value  4 or 8 bytes [items]
 //   place  uint16 [items][1 or 2]                 the column, less the slice's first; of groups in units of their size
 //
 // An item is
 //   floats  one nonzero, f32
+//   twins   one column of two rows, f32 [2]: for zeros that neighbouring rows share. Rows 2 i and 2 i + 1 are one row,
+//   i,
+//           of the stream
 //   pairs   two int8 nonzeros of a row as int16, each with its place; a row's odd one has a 0 beside it
 //   groups  2 or 4 neighbours, group_columns(isa), as int16 or int8: for zeros that come in groups of a row
 //
@@ -37,9 +40,14 @@ constexpr int kSparseRows = 256, kSparseSlice = 256;
 constexpr int kLongSlice = 1 << 15;  // of weights for a single row of X
 constexpr int kSparseAhead = 1024;   // bytes that are fetched ahead, and may lie past the end
 
-enum class SparseForm : int { floats, pairs, groups };
+enum class SparseForm : int { floats, pairs, groups, twins };
 
 constexpr int places_of(SparseForm form) { return form == SparseForm::pairs ? 2 : 1; }
+constexpr int rows_per_item(SparseForm form) {
+  return form == SparseForm::twins ? 2 : 1;
+}                                                                               // of W in a row of the stream
+constexpr int value_bytes(SparseForm form) { return 4 * rows_per_item(form); }  // of an item
+constexpr bool is_float(SparseForm form) { return form == SparseForm::floats || form == SparseForm::twins; }
 
 // Columns of a group: as many weights as the level's int8 products multiply at once.
 constexpr int group_columns(Isa isa) { return isa <= Isa::avx2 ? 2 : 4; }
@@ -79,7 +87,7 @@ struct SparseRowsLayout {
     count = row + cells * kSparseRows;
     sum = count + cells * kSparseRows * 2;
     value = sum + lines(form == SparseForm::groups ? n * int64_t(4) : 0);
-    place = value + lines(items * 4);
+    place = value + lines(items * value_bytes(form));
     bytes = place + lines(items * places_of(form) * 2);
   }
 };
@@ -104,7 +112,7 @@ int64_t count_ones(const uint8_t* bitmask, int n, int k);
 // How many items a weight with this bitmask is made of, at the level in use.
 int64_t count_items(const uint8_t* bitmask, int n, int k, SparseForm form, int slice);
 
-// From the saved layout: values f32 or int8 (pairs, groups), row after row; bitmask uint8 [n, ceil(k / 8)], bit i % 8
+// From the saved layout: values f32 (floats, twins) or int8, row after row; bitmask uint8 [n, ceil(k / 8)], bit i % 8
 // of byte i / 8 for column i.
 void pack_sparse_rows(const void* values, const uint8_t* bitmask, int n, int k, SparseForm form, int slice,
                       int64_t items, uint8_t* packed);
@@ -166,7 +174,7 @@ struct SparseVectors {
   constexpr SparseVectors(Isa isa, SparseForm form) {
     const bool wide = isa >= Isa::avx512vnni && isa <= Isa::amx;
     least = form == SparseForm::pairs && wide ? 2 : 1;  // a register of int16 holds 32 rows
-    most = wide || (form != SparseForm::floats && isa == Isa::avxvnni) ? 4 : 2;
+    most = wide || (!is_float(form) && isa == Isa::avxvnni) ? 4 : 2;
   }
 };
 

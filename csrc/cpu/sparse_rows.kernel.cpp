@@ -69,6 +69,27 @@ LEPTON_INLINE void add_floats(const void* value, const uint16_t* place, int coun
   unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE { store_f32<Dtype::f32>(sums + 64 * v, sum[v]); });
 }
 
+// The same of two rows of W, whose sums follow each other: each X is loaded once.
+template <int vectors>
+LEPTON_INLINE void add_twins(const void* value, const uint16_t* place, int count, const char* x, char* sums,
+                             bool first) {
+  F32x16 sum[2 * vectors];
+  unroll<2 * vectors>(
+      [&]<int v>() LEPTON_LAMBDA_INLINE { sum[v] = first ? broadcast_f32(0) : load_f32<Dtype::f32>(sums + 64 * v); });
+  const auto add_one = [&](int i, F32x16(&to)[2 * vectors]) LEPTON_LAMBDA_INLINE {
+    const float* const weights = static_cast<const float*>(value) + size_t(i) * 2;
+    const F32x16 upper = broadcast_f32(weights[0]), lower = broadcast_f32(weights[1]);
+    const char* const column = x + size_t(place[i]) * (64 * vectors);
+    unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE {
+      const F32x16 activations = load_f32<Dtype::f32>(column + 64 * v);
+      to[v] = fmadd(upper, activations, to[v]);
+      to[vectors + v] = fmadd(lower, activations, to[vectors + v]);
+    });
+  };
+  add_items<1>(sum, count, add_one);
+  unroll<2 * vectors>([&]<int v>() LEPTON_LAMBDA_INLINE { store_f32<Dtype::f32>(sums + 64 * v, sum[v]); });
+}
+
 template <int vectors, SparseForm form>
 LEPTON_INLINE void add_integers(const void* value, const uint16_t* place, int count, const char* x, char* sums,
                                 bool first) {
@@ -103,7 +124,7 @@ void write_output(const SparseRowsTile& tile) {
     const F32x16 bias = load_bias(tile.out, panel);
     F32x16 scale = broadcast_f32(1);
     I32x16 weight_sum = broadcast_i32(0);
-    if constexpr (form != SparseForm::floats) scale = load_partial<Dtype::f32>(tile.scale + n0, count);
+    if constexpr (!is_float(form)) scale = load_partial<Dtype::f32>(tile.scale + n0, count);
     if constexpr (kShifted) weight_sum = as_i32(load_partial<Dtype::f32>(tile.weight.sum + n0, count));
     for (int row0 = 0; row0 < tile.out.rows; row0 += kLanes) {
       alignas(64) float lines[kLanes][kPanel];
@@ -111,7 +132,7 @@ void write_output(const SparseRowsTile& tile) {
       const int end = tile.out.rows - row0 < kLanes ? tile.out.rows : row0 + kLanes;
       for (int r = row0; r < end; ++r) {
         F32x16 y = load_f32<Dtype::f32>(lines[r - row0]);
-        if constexpr (form != SparseForm::floats) {
+        if constexpr (!is_float(form)) {
           I32x16 sum = load_i32(lines[r - row0]);
           if constexpr (kShifted) {
             const int32_t zero = tile.out.q.zero[r] - (signed_quads(kIsa) ? 128 : 0);
@@ -129,22 +150,24 @@ template <int vectors, SparseForm form>
 void multiply(const SparseRowsTile& tile) {
   constexpr int kSliceBytes = kSparseSlice / turned_columns(form, kIsa) * turned_bytes(form) * kLanes * vectors;
   const SparseRows& weight = tile.weight;
-  const int rows = weight.rows_of(tile.block);
+  const int rows = divide_up(weight.rows_of(tile.block), rows_per_item(form));
   for (int slice = 0; slice < weight.slices(); ++slice) {
     const int64_t cell = weight.cell(tile.block, slice);
     const uint8_t* const row = weight.row + cell * kSparseRows;
     const uint16_t* const counts = weight.count + cell * kSparseRows;
-    const char* value = static_cast<const char*>(weight.value) + weight.begin[cell] * 4;
+    const char* value = static_cast<const char*>(weight.value) + weight.begin[cell] * value_bytes(form);
     const uint16_t* place = weight.place + weight.begin[cell] * places_of(form);
     const char* const x = static_cast<const char*>(tile.x) + int64_t(slice) * kSliceBytes;
     for (int i = 0; i < rows; ++i) {
       const int count = counts[i];
-      char* const sums = static_cast<char*>(tile.sums) + row[i] * (64 * vectors);
+      char* const sums = static_cast<char*>(tile.sums) + row[i] * (64 * vectors * rows_per_item(form));
       if constexpr (form == SparseForm::floats)
         add_floats<vectors>(value, place, count, x, sums, slice == 0);
+      else if constexpr (form == SparseForm::twins)
+        add_twins<vectors>(value, place, count, x, sums, slice == 0);
       else
         add_integers<vectors, form>(value, place, count, x, sums, slice == 0);
-      value += count * 4;
+      value += count * value_bytes(form);
       place += count * places_of(form);
     }
   }
@@ -328,6 +351,8 @@ void sparse_rows_tile(const SparseRowsTile& tile) {
       return multiply_form<SparseForm::pairs>(tile);
     case SparseForm::groups:
       return multiply_form<SparseForm::groups>(tile);
+    case SparseForm::twins:
+      return multiply_form<SparseForm::twins>(tile);
   }
 }
 

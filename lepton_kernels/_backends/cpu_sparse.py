@@ -17,7 +17,7 @@ from lepton_kernels._backends.cpu import _address, _as_f32, _rows
 from lepton_kernels._backends.derived import Derived
 from lepton_kernels._runtime import C
 
-FLOATS, PAIRS, GROUPS = 0, 1, 2  # SparseForm in csrc/cpu/sparse_rows.h
+FLOATS, PAIRS, GROUPS, TWINS = range(4)  # SparseForm in csrc/cpu/sparse_rows.h
 
 # Time of a weight in a stream of pairs and of groups over that of a weight of the dense int8 kernel. avx2: measured,
 # 4096 x 4096, 128 rows, on the machine of bench/RESULTS.md. The others: by the instructions that either takes, and the
@@ -27,7 +27,7 @@ _PAIR_COST = {
     "neondot": 3.0, "neoni8mm": 6.0,
 }  # fmt: skip
 _GROUP_COST = {
-    "generic": 1.2, "ssse3": 1.2, "avx2": 1.2, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
+    "generic": 1.45, "ssse3": 1.45, "avx2": 1.45, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
     "neondot": 1.3, "neoni8mm": 2.6,
 }  # fmt: skip
 # Time of a nonzero against one row of X over that of a weight of the dense int8 kernel with one row; measured as above.
@@ -35,6 +35,9 @@ _ROW_COST = {
     "generic": 4.0, "ssse3": 4.0, "avx2": 12.0, "avxvnni": 12.0, "avx512vnni": 16.0, "avx512vbmi2": 16.0, "amx": 16.0,
     "neondot": 12.0, "neoni8mm": 12.0,
 }  # fmt: skip
+# Items of twins over nonzeros (0.5: neighbouring rows share all columns) below which they are the faster: four
+# multiply-adds a nonzero take 2.5 cycles where X is loaded for each, 2 where it is loaded for two.
+_TWINS = 0.6
 _STREAM_START = 0.05  # of the dense kernel's time: activations are turned, sums come and go
 _BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
 _STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
@@ -47,7 +50,7 @@ class PackedRows(NamedTuple):
     address: int
     n: int
     k: int
-    form: int  # FLOATS, PAIRS or GROUPS
+    form: int  # FLOATS, PAIRS, GROUPS or TWINS
     slice: int  # columns of a slice; C.LONG_SLICE where it is for single rows of X
     items: int
     scale: Tensor | None  # f32 [n] of int8 weights
@@ -67,21 +70,23 @@ Sources = tuple[Tensor, Tensor, Tensor | None]  # values [nonzeros], bitmask uin
 
 
 class FloatWeight:
-    """A sparse float weight as the kernels read it: streams, with long slices for single rows of X."""
+    """A sparse float weight as the kernels read it: a stream of nonzeros, or of columns that two rows share, and one
+    with long slices for single rows of X."""
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, nonzeros: int, twins: int) -> None:
+        self.k, self._many = k, "twins" if twins < _TWINS * nonzeros else "rows"
         self._forms: dict[str, PackedRows] = {}
 
     def kernel(self, m: int) -> str:
-        """Which kernel is for m rows: "row" or "rows"."""
-        return "row" if m == 1 else "rows"
+        """Which kernel is the fastest for m rows: "row" (m = 1), "rows" or "twins"."""
+        return "row" if m == 1 else self._many
 
     def form(self, kernel: str, sources: Sources) -> PackedRows:
         """What a kernel reads, made of the saved tensors on first use."""
         if kernel not in self._forms:
             values, bitmask, _ = sources
-            self._forms[kernel] = pack_rows(values, bitmask, self.k, None, FLOATS, long=kernel == "row")
+            form = TWINS if kernel == "twins" else FLOATS
+            self._forms[kernel] = pack_rows(values, bitmask, self.k, None, form, long=kernel == "row")
         return self._forms[kernel]
 
 
@@ -156,7 +161,7 @@ def pack_rows(
 
     def make() -> PackedRows:
         n = bitmask.shape[0]
-        stored = values.to(torch.float32 if form == FLOATS else torch.int8).contiguous()
+        stored = values.to(torch.float32 if scale is None else torch.int8).contiguous()
         mask = bitmask.contiguous()
         C.check_bitmask(mask.data_ptr(), n, k, values.numel())
         items = C.count_items(mask.data_ptr(), n, k, form, slice)
@@ -177,7 +182,8 @@ def pack(sources: Sources, k: int) -> FloatWeight | Int8Weight:
         mask = bitmask.contiguous()
         C.check_bitmask(mask.data_ptr(), n, k, values.numel())
         if scale is None:
-            return FloatWeight(k)
+            twins = C.count_items(mask.data_ptr(), n, k, TWINS, C.SPARSE_SLICE)
+            return FloatWeight(k, values.numel(), twins)
         pairs, groups = (C.count_items(mask.data_ptr(), n, k, form, C.SPARSE_SLICE) for form in (PAIRS, GROUPS))
         dense = reference.expand_sparse(values, bitmask, k)
         return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k))

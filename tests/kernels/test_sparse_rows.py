@@ -26,16 +26,21 @@ SIZES = [  # (n, k)
 SPARSITIES = [0.0, 0.5, 0.9, 1.0]
 
 
-def make(n: int, k: int, sparsity: float, dtype: torch.dtype, rng: torch.Generator):
+def make(n: int, k: int, sparsity: float, dtype: torch.dtype, rng: torch.Generator, shared: bool = False):
     weight = torch.randn(n, k, generator=rng).to(dtype)
     mask = torch.rand(n, k, generator=rng) >= sparsity
+    if shared:  # by rows 2 i and 2 i + 1, but for some
+        mask = mask[torch.arange(n) // 2] & (torch.rand(n, k, generator=rng) >= 0.03)
     weight[~mask] = 0
     mask = weight != 0
     return weight, weight[mask], reference.pack_bitmask(mask)
 
 
-def check(m: int, n: int, k: int, sparsity: float, dtype: torch.dtype, activation: str, rng: torch.Generator) -> None:
-    weight, values, bitmask = make(n, k, sparsity, dtype, rng)
+def check(
+    m: int, n: int, k: int, sparsity: float, dtype: torch.dtype, activation: str, rng: torch.Generator,
+    shared: bool = False,
+) -> None:  # fmt: skip
+    weight, values, bitmask = make(n, k, sparsity, dtype, rng, shared)
     x, bias = torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
     got = sparse_linear(x, values, bitmask, None, bias, activation)
     want = reference.sparse_linear(x, values, bitmask, None, bias, activation)
@@ -53,6 +58,18 @@ def test_products(size, threads, rng):
         cases, itertools.cycle(DTYPES), itertools.cycle(("none", "relu", "gelu", "silu")), strict=False
     ):
         check(m, *size, sparsity, dtype, activation, rng)
+        check(m, *size, sparsity, dtype, activation, rng, shared=True)
+
+
+def test_rows_that_share_columns_are_twins(rng):
+    for sparsity, shared, kernel in [(0.8, True, "twins"), (0.8, False, "rows"), (0.0, False, "twins")]:
+        _, values, bitmask = make(129, 300, sparsity, torch.float32, rng, shared)
+        weight = cpu_sparse.pack((values, bitmask, None), 300)
+        assert weight.kernel(16) == kernel
+        assert weight.kernel(1) == "row"
+        x = torch.randn(40, 300, generator=rng)
+        products = [cpu_sparse.product(x, weight, (values, bitmask, None), None, "none", k) for k in ("rows", "twins")]
+        torch.testing.assert_close(*products, rtol=1e-5, atol=1e-4)
 
 
 def test_many_rows_are_cut(threads, rng):
@@ -72,7 +89,7 @@ rng = torch.Generator().manual_seed(7)
 for size in SIZES:
     for m in (1, 16, 31, 65):
         check(m, *size, 0.8, torch.float32, "none", rng)
-        check(m, *size, 0.5, torch.bfloat16, "gelu", rng)
+        check(m, *size, 0.5, torch.bfloat16, "gelu", rng, True)
 """,
         LEPTON_MAX_ISA=isa,
     )

@@ -557,6 +557,49 @@ void check_sparse(Random& rng, Digest& digest) {
   }
 }
 
+// Sparse float weights, of whose rows some share their columns: near the sums in double.
+void check_sparse_floats(Random& rng) {
+  constexpr int kN = 275, kK = 300;
+  const auto make_stream = [&](const std::vector<float>& values, const std::vector<uint8_t>& mask, SparseForm form,
+                               int slice, std::vector<uint64_t>& stream) {
+    const int64_t items = count_items(mask.data(), kN, kK, form, slice);
+    stream.resize(size_t(SparseRowsLayout(kN, kK, form, slice, items).bytes / 8 + 8));
+    auto* const packed = reinterpret_cast<uint8_t*>(stream.data());
+    pack_sparse_rows(values.data(), mask.data(), kN, kK, form, slice, items, packed);
+    return sparse_rows_view(packed, kN, kK, form, slice, items);
+  };
+  for (const int rows : {1, 16, 33, 65}) {
+    std::vector<float> weight(size_t(kN * kK)), values, x(size_t(rows * kK)), got(size_t(rows * kN));
+    std::vector<uint8_t> mask(size_t(kN * divide_up(kK, 8)));
+    for (int c = 0; c < kN; ++c) {
+      for (int i = 0; i < kK; ++i) {
+        if ((uint32_t(c / 2 * kK + i) * 2654435761u >> 20) % 4 != 0 || rng.below(30) == 0) continue;
+        values.push_back(weight[size_t(c * kK + i)] = rng.bell());
+        mask[size_t(c * divide_up(kK, 8) + i / 8)] |= uint8_t(1 << i % 8);
+      }
+    }
+    for (float& value : x) value = rng.bell();
+    const auto check_stream = [&](SparseForm form, int slice) {
+      std::vector<uint64_t> stream;
+      std::fill(got.begin(), got.end(), NAN);
+      sparse_rows({x.data(), Dtype::f32, kK, rows, make_stream(values, mask, form, slice, stream), nullptr,
+                   Activation::none, got.data(), 2});
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < kN; ++c) {
+          double want = 0;
+          for (int i = 0; i < kK; ++i) want += double(x[size_t(r * kK + i)]) * weight[size_t(c * kK + i)];
+          if (!(std::abs(got[size_t(r * kN + c)] - want) < 1e-4))
+            return fail("sparse floats: form %d, row %d of %d, column %d: %g, not %g", int(form), r, rows, c,
+                        double(got[size_t(r * kN + c)]), want);
+        }
+      }
+    };
+    check_stream(SparseForm::floats, kSparseSlice);
+    check_stream(SparseForm::twins, kSparseSlice);
+    if (rows == 1) check_stream(SparseForm::floats, kLongSlice);
+  }
+}
+
 int main() {
   if (isa_unknown_name() != nullptr) {
     std::fprintf(stderr, "LEPTON_MAX_ISA is '%s', no level of this architecture\n", isa_unknown_name());
@@ -591,6 +634,7 @@ int main() {
   check_recurrent(rng, exact);
   check_sparse(rng, exact);
   check_codec(rng, codec);
+  check_sparse_floats(rng);
   const char* const kind = splits_activations(isa_in_use()) ? "split" : "int16";
   std::printf("%s %d products exact=%016llx %s=%016llx codec=%016llx\n", isa_name(isa_in_use()), products,
               static_cast<unsigned long long>(exact.value), kind, static_cast<unsigned long long>(of_16_bits.value),
