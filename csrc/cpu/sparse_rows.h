@@ -15,9 +15,8 @@
 //
 // An item is
 //   floats  one nonzero, f32
-//   twins   one column of two rows, f32 [2]: for zeros that neighbouring rows share. Rows 2 i and 2 i + 1 are one row,
-//   i,
-//           of the stream
+//   twins   one column of two rows, f32 [2]: for zeros that neighbouring rows share. Rows 2 i and 2 i + 1 are row i of
+//           the stream
 //   pairs   two int8 nonzeros of a row as int16, each with its place; a row's odd one has a 0 beside it
 //   groups  2 or 4 neighbours, group_columns(isa), as int16 or int8: for zeros that come in groups of a row
 //
@@ -43,10 +42,9 @@ constexpr int kSparseAhead = 1024;   // bytes that are fetched ahead, and may li
 enum class SparseForm : int { floats, pairs, groups, twins };
 
 constexpr int places_of(SparseForm form) { return form == SparseForm::pairs ? 2 : 1; }
-constexpr int rows_per_item(SparseForm form) {
-  return form == SparseForm::twins ? 2 : 1;
-}                                                                               // of W in a row of the stream
-constexpr int value_bytes(SparseForm form) { return 4 * rows_per_item(form); }  // of an item
+// Rows of W that are one row of the stream.
+constexpr int rows_per_item(SparseForm form) { return form == SparseForm::twins ? 2 : 1; }
+constexpr int value_bytes(SparseForm form) { return 4 * rows_per_item(form); }
 constexpr bool is_float(SparseForm form) { return form == SparseForm::floats || form == SparseForm::twins; }
 
 // Columns of a group: as many weights as the level's int8 products multiply at once.
