@@ -26,9 +26,7 @@ ERROR = 1e-5, 0.05  # fp32, w8a8
 def onnxruntime_conv(conv: nn.Conv2d, x: Tensor):  # type: ignore[no-untyped-def]
     """A call of the convolution in onnxruntime."""
     import onnx
-    import onnxruntime
 
-    rivals_gemm._onnxruntime_threads()
     padding = [*conv.padding, *conv.padding]
     node = onnx.helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=padding, strides=list(conv.stride))
     y = conv(x)
@@ -40,10 +38,7 @@ def onnxruntime_conv(conv: nn.Conv2d, x: Tensor):  # type: ignore[no-untyped-def
         onnx.numpy_helper.from_array(np.asarray(t.detach()), n) for n, t in (("w", conv.weight), ("b", conv.bias))
     ]
     graph = onnx.helper.make_graph([node], "conv", shapes[:1], shapes[1:], stored)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = rivals_gemm.onnxruntime_session(graph)
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)[0]
 

@@ -149,22 +149,29 @@ def _onnxruntime_threads() -> None:
     onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
-def _onnxruntime(node: dict, weights: dict[str, np.ndarray], n: int, k: int) -> Bind:
+def onnxruntime_session(graph):  # type: ignore[no-untyped-def]
+    """A session of an ONNX graph on the common pool."""
     import onnx
     import onnxruntime
 
     _onnxruntime_threads()
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _onnxruntime(node: dict, weights: dict[str, np.ndarray], n: int, k: int) -> Bind:
+    import onnx
+
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(inputs=["x", *weights], outputs=["y"], **node)], "gemm",
         [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, k])],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None, n])],
         [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
     )  # fmt: skip
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(graph)
 
     def bind(x: Tensor) -> Callable[[], object]:
         feed = {"x": x.numpy()}

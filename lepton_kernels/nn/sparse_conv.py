@@ -94,8 +94,9 @@ class SparseConv2d(nn.Module):
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
         product = SparseLinear.from_linear(linear, scheme=scheme, activation=activation)
         layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, 0, stride=conv.stride, padding=_padding(conv),
-            dilation=conv.dilation, padding_mode=conv.padding_mode, activation=activation, scheme=scheme, device="meta",
+            conv.in_channels, conv.out_channels, conv.kernel_size, 0, stride=conv.stride,
+            padding=conv._reversed_padding_repeated_twice, dilation=conv.dilation, padding_mode=conv.padding_mode,
+            activation=activation, scheme=scheme, device="meta",
         )  # fmt: skip
         layer.product = product
         return layer.train(conv.training)
@@ -152,16 +153,3 @@ class SparseConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, padding_mode={self.padding_mode!r}"
         )
-
-
-def _padding(conv: nn.Conv2d) -> list[int]:
-    """Zeros before and after each dimension, the last one first."""
-    out: list[int] = []
-    for i in (1, 0):
-        if conv.padding == "same":
-            total = conv.dilation[i] * (conv.kernel_size[i] - 1)
-            out += [total // 2, total - total // 2]
-        else:
-            each = 0 if conv.padding == "valid" else int(conv.padding[i])
-            out += [each, each]
-    return out
