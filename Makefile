@@ -24,7 +24,7 @@ NATIVE := CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'bench/*.cpp')
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: .venv/.native ## MiniLM through w8a8 and w4a16 + Huffman, measured; results in demo-out/
 	$(BIN)/python examples/demo.py $(ARGS)
