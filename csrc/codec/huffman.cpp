@@ -76,12 +76,15 @@ class Histogram {
 // Planes of so many symbols and more are counted in part: kSample symbols, at most one of every kLeastShare pieces of
 // kSamplePiece symbols; not the same one each time, for rows of a matrix have such lengths. Counting a byte takes as
 // long as encoding it.
-constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 16, kSamplePiece = 1024, kLeastShare = 2;
-// A sample may lack rare symbols: those that are near to what it has get a code too. With fewer symbols than
-// kLeastSymbols that could cost many bits, and all are counted.
-constexpr int kNearSymbols = 8, kLeastSymbols = 16;
-// A plane that takes more than its sample promised by this part is not like it, and all of it is counted.
-constexpr int64_t kSampleError = 64;
+constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 15, kSamplePiece = 1024, kLeastShare = 2;
+// A sample may lack rare symbols: those that are near to what it has, half its range to either side, get a code too,
+// and count for one where a symbol seen counts for kSeen. With fewer symbols than kLeastSymbols that could cost many
+// bits, and all are counted.
+constexpr uint32_t kSeen = 16;
+constexpr int kLeastSymbols = 16;
+// A plane that takes more than its sample promised by this part is not like it, and all of it is counted. What that
+// saves grows with the square of the error: pruned weights that were off by 1/16 got 1/2000 smaller.
+constexpr int64_t kSampleError = 16;
 
 Counts count_all(const uint8_t* plane, int64_t n) {
   Histogram histogram;
@@ -109,10 +112,10 @@ Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
   int lowest = 0, highest = 255;
   while (counts.of[lowest] == 0) ++lowest;
   while (counts.of[highest] == 0) --highest;
-  for (int s = std::max(lowest - kNearSymbols, 0); s <= std::min(highest + kNearSymbols, last_symbol); ++s) {
-    counts.total += counts.of[s] == 0;
-    counts.of[s] = std::max(counts.of[s], 1u);
-  }
+  const int near = (highest - lowest) / 2;
+  counts.total = 0;
+  for (int s = std::max(lowest - near, 0); s <= std::min(highest + near, last_symbol); ++s)
+    counts.total += counts.of[s] = std::max(counts.of[s] * kSeen, 1u);
   return counts;
 }
 
@@ -142,8 +145,6 @@ RankTables rank_tables(const TreeCode& code) {
 constexpr double kSkewed = 0.7, kSingle = 0.4, kLeastNode = 1.0 / 8;
 // ... and have one if they then take at most this part of what they took.
 constexpr double kCodedBits = 15.0 / 16;
-// A byte of bits that the sample lacks counts for one, those that it has for so much each.
-constexpr uint32_t kSeenBits = 16;
 constexpr int64_t kSampleForBits = 1 << 15;
 
 bool may_be_coded(const HuffmanCode& code, const Counts& counts, int node) {
@@ -190,8 +191,8 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
     const int64_t seen = bits[node].n / 8;
     if (seen == 0) continue;
     Counts bytes = count_all(bits[node].bits, seen);
-    bytes.total = 0;
-    for (auto& count : bytes.of) bytes.total += count = std::max(count * kSeenBits, 1u);
+    bytes.total = 0;  // a byte that the sample lacks counts for one
+    for (auto& count : bytes.of) bytes.total += count = std::max(count * kSeen, 1u);
     if (entropy_bits(bytes) > 8 * kCodedBits) continue;
     HuffmanCode& own = code->bits[code->coded_nodes];
     build_code(bytes, &own);

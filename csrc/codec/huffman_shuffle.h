@@ -8,29 +8,45 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-struct ShuffleTables {
-  // merge[b]: the sources of 8 outputs in a register that holds 8 of left, then 8 of right.
-  alignas(64) uint8_t merge[257][8];  // one more entry, for 16 bytes are read
-  // split[b]: the places of b's ones in order, then anything; from the 8th byte on those of its zeros.
-  alignas(64) uint8_t split[256][16];
+// at[b]: the sources of 8 outputs in a register that holds 8 of left, then 8 of right.
+struct MergeTable {
+  alignas(64) uint8_t at[257][8];  // one more entry, for 16 bytes are read
+};
+// at[16 b], 16 bytes: the places of b's ones in order, then kNothing; from the 8th byte on those of its zeros.
+constexpr uint8_t kNothing = 0x80;  // as a place in a shuffle: a byte 0
+struct SplitTable {
+  alignas(64) uint8_t at[256 * 16];
+};
+// at[16 c], 16 bytes: the first c of 8 bytes, then the 8 that lie behind all 8.
+struct CloseTable {
+  alignas(64) uint8_t at[9 * 16];
 };
 
-constexpr ShuffleTables make_tables() {
-  ShuffleTables tables{};
-  for (int b = 0; b < 256; ++b) {
-    int zeros = 0, ones = 0;
-    for (int i = 0; i < 8; ++i) {
-      const bool one = b >> i & 1;
-      tables.merge[b][i] = static_cast<uint8_t>(one ? 8 + ones : zeros);
-      tables.split[b][one ? ones : 8 + zeros] = static_cast<uint8_t>(i);
-      ones += one;
-      zeros += !one;
-    }
-  }
-  return tables;
+constexpr MergeTable make_merge_table() {
+  MergeTable table{};
+  for (int b = 0; b < 256; ++b)
+    for (int i = 0, ones = 0; i < 8; ones += b >> i++ & 1)
+      table.at[b][i] = static_cast<uint8_t>(b >> i & 1 ? 8 + ones : i - ones);
+  return table;
 }
-
-constexpr ShuffleTables kShuffle = make_tables();
+constexpr SplitTable make_split_table() {
+  SplitTable table;
+  for (uint8_t& place : table.at) place = kNothing;
+  for (int b = 0; b < 256; ++b)
+    for (int i = 0, ones = 0; i < 8; ones += b >> i++ & 1)
+      table.at[16 * b + (b >> i & 1 ? ones : 8 + i - ones)] = static_cast<uint8_t>(i);
+  return table;
+}
+constexpr CloseTable make_close_table() {
+  CloseTable table{};
+  for (int c = 0; c <= 8; ++c)
+    for (int i = 0; i < 16; ++i)
+      table.at[16 * c + i] = static_cast<uint8_t>(i < c ? i : i < c + 8 ? i + 8 - c : kNothing);
+  return table;
+}
+constexpr MergeTable kMerge = make_merge_table();
+constexpr SplitTable kSplit = make_split_table();
+constexpr CloseTable kClose = make_close_table();
 
 // Calls step(i) for i = 0, 8, 16, ... below n: four at a time, then alone.
 template <typename Step>
@@ -44,7 +60,7 @@ LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const u
   // Of i symbols `ones` came from the right.
   for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
     const unsigned b = bits[i / 8];
-    store8(out + i, shuffle(join8(load8(left + i), right), load16(kShuffle.merge[b])));
+    store8(out + i, shuffle(join8(load8(left + i), right), load16(kMerge.at[b])));
     const int64_t ones = __builtin_popcount(b);
     right += ones;
     left -= ones;
@@ -55,7 +71,7 @@ LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t 
   const Bytes16 left = splat(symbol);
   for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
     const unsigned b = bits[i / 8];
-    store8(out + i, shuffle(join8(left, right), load16(kShuffle.merge[b])));
+    store8(out + i, shuffle(join8(left, right), load16(kMerge.at[b])));
     right += __builtin_popcount(b);
   });
 }
@@ -76,7 +92,7 @@ LEPTON_INLINE void blend(uint8_t* out, int n, const uint8_t* bits, uint8_t symbo
 #endif
   alignas(16) uint8_t both[16];
   for (int j = 0; j < 16; ++j) both[j] = j < 8 ? symbol0 : symbol1;
-  for (; i < n; i += 8) store8(out + i, shuffle(load16(both), load16(kShuffle.merge[bits[i / 8]])));
+  for (; i < n; i += 8) store8(out + i, shuffle(load16(both), load16(kMerge.at[bits[i / 8]])));
 }
 
 // Where numbers of k bits lie, 8 of them in k bytes: number i ends in the upper bits of a 16-bit lane that gets the
@@ -158,46 +174,69 @@ LEPTON_INLINE void unpack(uint8_t* out, int n, const uint8_t* bits, int k, const
   unpack_parts<16>(out, n, bits, k, symbols);
 }
 
-LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
-  const ByteTable<16> ranks(table);
-  const Bytes none = everywhere(splat(kNoRank));
-  Bytes missing = everywhere(splat(0));
+// translate, for symbols from `first` on, 16 * parts of them.
+template <int parts>
+LEPTON_INLINE bool translate_parts(const uint8_t* in, int n, const uint8_t* table, int first, uint8_t* out) {
+  const ByteTable<parts> ranks(table + first);
+  const Bytes none = everywhere(splat(kNoRank)), to_place = everywhere(splat(static_cast<uint8_t>(-first)));
+  Bytes missing = everywhere(splat(0)), places = missing;
   int i = 0;
   for (; i + kBytes <= n; i += kBytes) {
-    const Bytes found = ranks.at(load(in + i));
+    const Bytes place = add(load(in + i), to_place), found = ranks.at(place);
     store(out + i, found);
     missing = either(missing, equal(found, none));
+    places = either(places, place);
   }
   bool all = !any(missing);
+  if constexpr (parts < 16) all &= !any(at_least(places, everywhere(splat(16 * parts))));
   for (; i < n; ++i) all &= (out[i] = table[in[i]]) != kNoRank;
   return all;
+}
+
+LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uint8_t* out) {
+  int first = 0, last = 255;
+  while (first < last && table[first] == kNoRank) ++first;
+  while (last > first && table[last] == kNoRank) --last;
+  const auto in_parts = [&]<int parts>() LEPTON_LAMBDA_INLINE {
+    return translate_parts<parts>(in, n, table, first < 256 - 16 * parts ? first : 256 - 16 * parts, out);
+  };
+  const int symbols = last - first + 1;
+  if (symbols <= 16) return in_parts.template operator()<1>();
+  if (symbols <= 32) return in_parts.template operator()<2>();
+  if (symbols <= 64) return in_parts.template operator()<4>();
+  if (symbols <= 128) return in_parts.template operator()<8>();
+  return in_parts.template operator()<16>();
 }
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
   const Bytes threshold = everywhere(splat(middle));
   int64_t total = 0;
-  // 8 symbols; what is not kept is written over by what comes next.
-  const auto split8 = [&](int64_t i, unsigned b) LEPTON_LAMBDA_INLINE {
-    const int64_t ones = __builtin_popcount(b);
+  // The 16 symbols from in[i + 16 j] on, of the word's bits from 16 j on. One store a side: two of 8 bytes, which
+  // overlap and are not aligned, take longer than everything else. What is not kept is written over by what comes next.
+  const auto split16 = [&](int64_t i, unsigned word, int j) LEPTON_LAMBDA_INLINE {
+    const unsigned b0 = (j == 0 ? word << 4 : word >> 12) & 0xff0, b1 = word >> (16 * j + 4) & 0xff0;  // 16 b
+    const int64_t ones0 = __builtin_popcount(b0);
     if constexpr (keep_right) {
-      const Bytes16 sides = shuffle(load_twice8(in + i), load16(kShuffle.split[b]));
-      store8(right, sides);
-      if constexpr (keep_left) store_high8(left + i, sides), left -= ones;
-      right += ones;
+      i += 16 * j;
+      const Bytes16 sides0 = shuffle(load_twice8(in + i), load16(kSplit.at + b0));
+      const Bytes16 sides1 = shuffle(load_twice8(in + i + 8), load16(kSplit.at + b1));
+      store(right + total, shuffle(low_halves(sides0, sides1), load16(kClose.at + 16 * ones0)));
+      if constexpr (keep_left)
+        store(left + i - total, shuffle(high_halves(sides0, sides1), load16(kClose.at + 16 * (8 - ones0))));
     }
-    total += ones;
+    total += ones0 + __builtin_popcount(b1);
   };
   int64_t i = 0;
   for (; i + kBytes <= n; i += kBytes) {
     const unsigned word = mask_of(at_least(load(in + i), threshold));
     __builtin_memcpy(bits + i / 8, &word, kBytes / 8);
-    unroll<kBytes / 8>([&]<int j>() LEPTON_LAMBDA_INLINE { split8(i + 8 * j, word >> 8 * j & 0xff); });
+    unroll<kBytes / 16>([&]<int j>() LEPTON_LAMBDA_INLINE { split16(i, word, j); });
   }
   if (i == n) return static_cast<int>(total);
-  unsigned word = mask_of(at_least(load(in + i), threshold)) & ((1u << (n - i)) - 1);
+  const unsigned word = mask_of(at_least(load(in + i), threshold)) & ((1u << (n - i)) - 1);
   store_word(bits + i / 8, word, (n - i + 7) / 8);
-  for (; i < n; i += 8, word >>= 8) split8(i, word & 0xff);
+  unroll<kBytes / 16>([&]<int j>() LEPTON_LAMBDA_INLINE { split16(i, word, j); });
   return static_cast<int>(total);
 }
 

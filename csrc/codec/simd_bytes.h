@@ -31,9 +31,9 @@ LEPTON_INLINE Bytes16 join8(Bytes16 low, const uint8_t* p) {
 LEPTON_INLINE Bytes16 load_twice8(const uint8_t* p) {
   return _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(p)));
 }
-LEPTON_INLINE void store_high8(uint8_t* p, Bytes16 v) {
-  _mm_storeh_pd(reinterpret_cast<double*>(p), _mm_castsi128_pd(v));
-}
+// The lower halves of two registers, and the upper ones.
+LEPTON_INLINE Bytes16 low_halves(Bytes16 a, Bytes16 b) { return _mm_unpacklo_epi64(a, b); }
+LEPTON_INLINE Bytes16 high_halves(Bytes16 a, Bytes16 b) { return _mm_unpackhi_epi64(a, b); }
 LEPTON_INLINE Bytes16 shuffle(Bytes16 bytes, Bytes16 places) { return _mm_shuffle_epi8(bytes, places); }
 LEPTON_INLINE Bytes16 add(Bytes16 a, Bytes16 b) { return _mm_add_epi8(a, b); }
 LEPTON_INLINE Bytes16 either(Bytes16 a, Bytes16 b) { return _mm_or_si128(a, b); }
@@ -63,7 +63,8 @@ LEPTON_INLINE void store(uint8_t* p, Bytes16 v) { vst1q_u8(p, v); }
 LEPTON_INLINE Bytes16 splat(uint8_t byte) { return vdupq_n_u8(byte); }
 LEPTON_INLINE Bytes16 join8(Bytes16 low, const uint8_t* p) { return vcombine_u8(vget_low_u8(low), vld1_u8(p)); }
 LEPTON_INLINE Bytes16 load_twice8(const uint8_t* p) { return vcombine_u8(vld1_u8(p), vld1_u8(p)); }
-LEPTON_INLINE void store_high8(uint8_t* p, Bytes16 v) { vst1_u8(p, vget_high_u8(v)); }
+LEPTON_INLINE Bytes16 low_halves(Bytes16 a, Bytes16 b) { return vcombine_u8(vget_low_u8(a), vget_low_u8(b)); }
+LEPTON_INLINE Bytes16 high_halves(Bytes16 a, Bytes16 b) { return vcombine_u8(vget_high_u8(a), vget_high_u8(b)); }
 LEPTON_INLINE Bytes16 shuffle(Bytes16 bytes, Bytes16 places) { return vqtbl1q_u8(bytes, places); }
 LEPTON_INLINE Bytes16 add(Bytes16 a, Bytes16 b) { return vaddq_u8(a, b); }
 LEPTON_INLINE Bytes16 either(Bytes16 a, Bytes16 b) { return vorrq_u8(a, b); }
