@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_kernels import codec, nn, onnx, sparse
+    from lepton_kernels import blockwise, codec, nn, onnx, sparse
     from lepton_kernels._backends_report import backends
     from lepton_kernels.checkpoint import load, save
     from lepton_kernels.model_file import inspect, verify
@@ -31,7 +31,7 @@ _HOMES = {
     "sparsify_": "sparse",
     "verify": "model_file",
 }
-_SUBPACKAGES = ("codec", "nn", "onnx", "sparse")
+_SUBPACKAGES = ("blockwise", "codec", "nn", "onnx", "sparse")
 
 __all__ = [
     "FuseReport",
@@ -40,6 +40,7 @@ __all__ = [
     "QuantizeReport",
     "SparsifyReport",
     "backends",
+    "blockwise",
     "codec",
     "fuse_",
     "inspect",

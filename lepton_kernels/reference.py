@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _SMALLEST_NORMAL = 2.0**-126
+_SCALE_BLOCK = 128  # values that share a scale in quantize_blockwise
 
 # What a layer may do to its sums, by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,7 +80,12 @@ def dequantize_int4(
     weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int
 ) -> Tensor:
     """W f32 [n, k] = (value - zero_point) * scale, from int32 [n, ceil(k / 8)] and one scale and zero point a group."""
-    values = unpack_int4(weight_packed, k).to(torch.int32)
+    return scale_int4(unpack_int4(weight_packed, k), weight_scale, weight_zero_point, group_size)
+
+
+def scale_int4(values: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, group_size: int) -> Tensor:
+    """dequantize_int4 of values int8 [n, k] in -8..7."""
+    k, values = values.shape[1], values.to(torch.int32)
     if weight_zero_point is not None:
         values = values - expand_groups(weight_zero_point, k, group_size)
     return values.to(torch.float32) * expand_groups(weight_scale.to(torch.float32), k, group_size)
@@ -170,12 +176,55 @@ def unpack_bitmask(bitmask: Tensor, k: int) -> Tensor:
     return ((bitmask[..., None] >> shifts) & 1).flatten(1)[:, :k].bool()
 
 
+def count_ones(bitmask: Tensor, k: int) -> int:
+    """How many columns below k a bitmask uint8 [n, ceil(k / 8)] has."""
+    return int(unpack_bitmask(bitmask, k).sum())
+
+
 def expand_sparse(weight_compressed: Tensor, weight_bitmask: Tensor, k: int) -> Tensor:
     """The dense weight [n, k]: weight_compressed [nonzeros], row after row, where the bitmask has a one; else 0."""
     mask = unpack_bitmask(weight_bitmask, k)
     dense = torch.zeros(mask.shape, dtype=weight_compressed.dtype, device=weight_compressed.device)
     dense[mask] = weight_compressed
     return dense
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """uint8 [ceil(count / 2)] from int8 [count] in -8..7: value + 8 in four bits each, the lower ones first."""
+    nibbles = functional.pad((values + 8).to(torch.uint8), (0, values.shape[0] % 2)).view(-1, 2)
+    return nibbles[:, 0] | nibbles[:, 1] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """int8 [2 * bytes] in -8..7 from uint8 [bytes]."""
+    return torch.stack((packed & 0xF, packed >> 4), 1).flatten().to(torch.int8) - 8
+
+
+def expand_sparse_int4(
+    weight_compressed: Tensor, weight_bitmask: Tensor, weight_zero_point: Tensor | None, k: int, group_size: int
+) -> Tensor:
+    """The dense values int8 [n, k] in -8..7: expand_sparse of nibbles, with zero points where the bitmask has a 0."""
+    mask = unpack_bitmask(weight_bitmask, k)
+    zeros = mask.new_zeros(mask.shape, dtype=torch.int8)
+    if weight_zero_point is not None:
+        zeros = expand_groups(weight_zero_point, k, group_size)
+    return zeros.masked_scatter(mask, unpack_nibbles(weight_compressed))
+
+
+def dequantize_sparse(
+    weight_compressed: Tensor,
+    weight_bitmask: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero_point: Tensor | None,
+    k: int,
+    group_size: int,
+) -> Tensor:
+    """The dense weight [n, k] of sparse_linear: in the values' dtype where they are floats, else f32."""
+    if weight_compressed.dtype is torch.uint8 and weight_scale is not None:
+        values = expand_sparse_int4(weight_compressed, weight_bitmask, weight_zero_point, k, group_size)
+        return scale_int4(values, weight_scale, weight_zero_point, group_size)
+    weight = expand_sparse(weight_compressed, weight_bitmask, k)
+    return weight if weight_scale is None else dequantize_int8(weight, weight_scale)
 
 
 def sparse_linear(
@@ -185,12 +234,63 @@ def sparse_linear(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     activation: str = "none",
+    weight_zero_point: Tensor | None = None,
+    group_size: int = -1,
 ) -> Tensor:
     """Y[..., n] = activation(X[..., k] @ W^T + bias) in x's dtype, W from expand_sparse; sums in float32.
 
-    With weight_scale f32 [n, 1] the values are int8 and the product is gemm_int8 with quantized activations.
+    With weight_scale f32 [n, 1] the values are int8 and the product is gemm_int8 with quantized activations. With
+    weight_scale [n, groups] they are nibbles in uint8, and it is gemm_int4 with float ones.
     """
-    weight = expand_sparse(weight_compressed, weight_bitmask, x.shape[-1])
+    k = x.shape[-1]
+    if weight_compressed.dtype is torch.uint8 and weight_scale is not None:
+        packed = pack_int4(expand_sparse_int4(weight_compressed, weight_bitmask, weight_zero_point, k, group_size))
+        return gemm_int4(x, packed, weight_scale, weight_zero_point, bias, group_size, False, activation)
+    weight = expand_sparse(weight_compressed, weight_bitmask, k)
     if weight_scale is not None:
         return gemm_int8(x, weight, weight_scale, bias, True, activation)
     return ACTIVATIONS[activation](functional.linear(x.float(), weight.float(), bias)).to(x.dtype)
+
+
+def quantize_blockwise(x: Tensor, bits: int, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x f32 [n] + residual f32 [n] as codes of 8 or 4 bits and a scale for every 128 values, uint8 [bytes]; what they
+    leave, f32 [n].
+
+    A block whose scale would be no normal number has scale 0; one that holds NaN or infinity has scale NaN, leaves 0.
+    """
+    n, most = x.numel(), 127 if bits == 8 else 7
+    v = functional.pad(x if residual is None else x + residual, (0, -n % _SCALE_BLOCK)).view(-1, _SCALE_BLOCK)
+    finite = torch.isfinite(v).all(1)
+    v = torch.where(finite[:, None], v, 0.0)
+    scale = v.abs().amax(1) * torch.tensor(1 / most, dtype=torch.float32)
+    scale = torch.where(scale < _SMALLEST_NORMAL, 0.0, scale)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    code = torch.round(v * inverse[:, None]).to(torch.int32)
+    left = (v - code * scale[:, None]).flatten()[:n]
+    if bits == 8:
+        data = code.to(torch.int8).view(torch.uint8).flatten()
+    else:
+        nibbles = (code + 8).to(torch.uint8).view(-1, 2)
+        data = nibbles[:, 0] | nibbles[:, 1] << 4
+    scale = torch.where(finite, scale, torch.nan)
+    return torch.cat([data[: _code_bytes(n, bits)], scale.view(torch.uint8)]), left
+
+
+def dequantize_blockwise(packed: Tensor, n: int, bits: int) -> Tensor:
+    """code * scale, f32 [n], of what quantize_blockwise packed."""
+    size = _code_bytes(n, bits)
+    data, scale = packed[:size], packed[size:].clone().view(torch.float32)
+    code = data.view(torch.int8) if bits == 8 else torch.stack([data & 0xF, data >> 4], 1).flatten().to(torch.int8) - 8
+    return code[:n].to(torch.float32) * scale.repeat_interleave(_SCALE_BLOCK)[:n]
+
+
+def mean_blockwise(packed: Tensor, n: int, bits: int) -> Tensor:
+    """The mean f32 [n] of rows uint8 [r, bytes] of quantize_blockwise, added in their order."""
+    total = torch.zeros(n)
+    for row in packed:
+        total = total + dequantize_blockwise(row, n, bits)
+    return total * torch.tensor(1 / len(packed), dtype=torch.float32)
+
+
+def _code_bytes(n: int, bits: int) -> int:
+    return (n * bits + 31) // 32 * 4

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "cpu/blockwise.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/linear_block.h"
@@ -257,6 +258,27 @@ void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t
   sparse_rows(args);
 }
 
+BlockwiseLayout blockwise_layout(int64_t n, int bits) {
+  check(n >= 0, "blockwise: n is " + std::to_string(n) + "; allowed: 0 or more");
+  check(bits == 8 || bits == 4, "blockwise: bits is " + std::to_string(bits) + "; allowed: 4, 8");
+  return BlockwiseLayout(n, bits);
+}
+
+void bind_quantize_blockwise(uintptr_t x, uintptr_t residual, int64_t n, int bits, uintptr_t packed, int threads) {
+  blockwise_layout(n, bits);
+  py::gil_scoped_release release;
+  quantize_blockwise(at<const float>(x), at<float>(residual), n, bits, at<uint8_t>(packed), threads);
+}
+
+void bind_mean_blockwise(uintptr_t packed, int rows, int64_t n, int bits, uintptr_t mean, uintptr_t mean_packed,
+                         int threads) {
+  blockwise_layout(n, bits);
+  check(rows >= 1, "blockwise: rows is " + std::to_string(rows) + "; allowed: 1 or more");
+  check(n == 0 || (mean == 0) != (mean_packed == 0), "blockwise: mean, mean_packed; allowed: one of them");
+  py::gil_scoped_release release;
+  mean_blockwise(at<const uint8_t>(packed), rows, n, bits, at<float>(mean), at<uint8_t>(mean_packed), threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
@@ -269,6 +291,7 @@ void bind_cpu(py::module_& module) {
   module.attr("SPARSE_SLICE") = kSparseSlice;
   module.attr("LONG_SLICE") = kLongSlice;
   module.attr("GROUP_MULTIPLE") = kNibbleBlock;
+  module.attr("SCALE_BLOCK") = kScaleBlock;
   module.def("isa", [] { return isa_name(isa_in_use()); }, "The instruction-set level in use.");
   module.def("isa_of_machine", [] { return isa_name(isa_of_machine()); }, "The best level of this machine.");
   module.def(
@@ -292,6 +315,11 @@ void bind_cpu(py::module_& module) {
   module.def("sparse_rows_bytes", &sparse_rows_bytes, "Bytes of packed nonzeros.");
   module.def("pack_sparse_rows", &bind_pack_sparse_rows);
   module.def("sparse_rows", &bind_sparse_rows);
+  module.def(
+      "blockwise_bytes", [](int64_t n, int bits) { return blockwise_layout(n, bits).bytes; },
+      "Bytes of a vector packed block by block.");
+  module.def("quantize_blockwise", &bind_quantize_blockwise);
+  module.def("mean_blockwise", &bind_mean_blockwise);
 }
 
 }  // namespace lepton

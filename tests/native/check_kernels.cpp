@@ -3,10 +3,10 @@
 //
 //   LEVEL COUNT products exact=DIGEST split=DIGEST codec=DIGEST
 //
-// exact: the outputs of w8a8 and w4a8, activation functions, normalization, recurrent and sparse int8 layers, the same
-// on every level of every architecture. split: those of w8a16 and w4a16 where activations are split into 16-bit
-// integers on all such levels, else "-". codec: every encoded chunk. Exit code 1: something differs from the scalar
-// code, and standard error says what.
+// exact: the outputs of w8a8 and w4a8, activation functions, normalization, recurrent and sparse int8 layers, blockwise
+// codes, the same on every level of every architecture. split: those of w8a16 and w4a16 where activations are split
+// into 16-bit integers on all such levels, else "-". codec: every encoded chunk. Exit code 1: something differs from
+// the scalar code, and standard error says what.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,6 +18,7 @@
 #include "codec/huffman.h"
 #include "codec/lzw.h"
 #include "cpu/add_norm.h"
+#include "cpu/blockwise.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/isa.h"
@@ -437,6 +438,101 @@ void check_recurrent(Random& rng, Digest& digest) {
   }
 }
 
+// Values of all magnitudes, some of whose blocks are zeros, denormal, nearly too large, infinite or no number.
+std::vector<float> make_gradient(Random& rng, int n) {
+  constexpr float kSpecial[] = {0, 0x1p-140f, 0x1.fffffep127f, INFINITY, NAN};
+  std::vector<float> x(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) {
+    const int block = i / kScaleBlock % 16;
+    x[size_t(i)] = block == 0 ? 0.0f : std::ldexp(rng.bell(), 2 * (block - 8));
+    if (block >= 11 && i % kScaleBlock == 7) x[size_t(i)] = kSpecial[block - 11];
+    if (block == 12) x[size_t(i)] = rng.bell() * kSpecial[1];
+  }
+  return x;
+}
+
+// blockwise.h, of one value after the other.
+void check_blocks(const std::vector<float>& v, const std::vector<float>& left, const uint8_t* packed, int bits) {
+  const int n = int(v.size());
+  const int64_t scales = BlockwiseLayout(n, bits).scale;
+  const float most = bits == 8 ? 127 : 7;
+  for (int begin = 0; begin < n; begin += kScaleBlock) {
+    const int end = std::min(n, begin + kScaleBlock);
+    float largest = 0;
+    bool finite = true;
+    for (int i = begin; i < end; ++i) {
+      largest = std::max(largest, std::fabs(v[size_t(i)]));
+      finite = finite && std::isfinite(v[size_t(i)]);
+    }
+    float scale = finite ? largest * (1 / most) : NAN;
+    if (scale < 0x1p-126f) scale = 0;
+    const float got_scale = word_at<float>(packed + scales, begin / kScaleBlock);
+    if (!same(&got_scale, &scale, Dtype::f32, 0)) fail("blockwise %d bits: scale %g, not %g", bits, got_scale, scale);
+    for (int i = begin; i < end; ++i) {
+      const float code = scale > 0 ? std::nearbyintf(v[size_t(i)] * (1 / scale)) : 0;
+      const float residual = std::isnan(scale) ? 0 : v[size_t(i)] - code * scale;
+      const int byte = packed[i * bits / 8], got = bits == 8 ? int8_t(byte) : (byte >> 4 * (i % 2) & 15) - 8;
+      if (float(got) != code || left[size_t(i)] != residual)
+        return fail("blockwise %d bits: %g became %d and left %g, not %g and %g", bits, v[size_t(i)], got,
+                    left[size_t(i)], code, residual);
+    }
+  }
+}
+
+// What is packed again is the mean quantized; one thread and three give the same.
+void check_mean(const std::vector<uint8_t>& packed, int rows, int n, int bits, Digest& digest) {
+  const size_t bytes = packed.size() / size_t(rows);
+  std::vector<float> mean(static_cast<size_t>(n)), again(mean.size(), NAN);
+  mean_blockwise(packed.data(), rows, n, bits, mean.data(), nullptr, 1);
+  mean_blockwise(packed.data(), rows, n, bits, again.data(), nullptr, 3);
+  std::vector<uint8_t> repacked(bytes), want(bytes);
+  mean_blockwise(packed.data(), rows, n, bits, nullptr, repacked.data(), 3);
+  quantize_blockwise(mean.data(), nullptr, n, bits, want.data(), 1);
+  if (repacked != want) fail("blockwise %d bits: %d means packed again are others", bits, n);
+  const int64_t scales = BlockwiseLayout(n, bits).scale;
+  for (int i = 0; i < n; ++i) {
+    float sum = 0;
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t* const row = packed.data() + size_t(r) * bytes;
+      const int byte = row[i * bits / 8], code = bits == 8 ? int8_t(byte) : (byte >> 4 * (i % 2) & 15) - 8;
+      sum = sum + float(code) * word_at<float>(row + scales, i / kScaleBlock);
+    }
+    const float mean_of = sum * (1 / float(rows));
+    if (!same(&mean[size_t(i)], &mean_of, Dtype::f32, 0) || !same(&again[size_t(i)], &mean_of, Dtype::f32, 0))
+      return fail("blockwise %d bits: mean %d of %d is %g, not %g", bits, i, n, mean[size_t(i)], mean_of);
+    if (!std::isnan(mean_of)) digest.add(&mean_of, sizeof(mean_of));
+  }
+  digest.add(repacked.data(), bytes);
+}
+
+void check_blockwise(Random& rng, Digest& digest) {
+  constexpr int kRows = 3;
+  for (const int n : {1, 127, 128, 3001, 140000}) {
+    for (const int bits : {8, 4}) {
+      const auto bytes = size_t(BlockwiseLayout(n, bits).bytes);
+      std::vector<uint8_t> rows(kRows * bytes), again(bytes);
+      for (int r = 0; r < kRows; ++r) {
+        uint8_t* const packed = rows.data() + size_t(r) * bytes;
+        const std::vector<float> x = make_gradient(rng, n);
+        std::vector<float> residual(x.size()), v(x.size());
+        for (size_t i = 0; i < x.size(); ++i) v[i] = x[i] + (residual[i] = 0.1f * rng.bell());
+        std::vector<float> left = residual, left_again = residual;
+        quantize_blockwise(x.data(), left.data(), n, bits, packed, 1);
+        quantize_blockwise(x.data(), left_again.data(), n, bits, again.data(), 3);
+        if (left != left_again || std::memcmp(packed, again.data(), bytes) != 0)
+          fail("blockwise %d bits, n=%d: threads change the result", bits, n);
+        check_blocks(v, left, packed, bits);
+        digest.add(packed, bytes);
+        digest.add(left.data(), left.size() * sizeof(float));
+        quantize_blockwise(v.data(), nullptr, n, bits, again.data(), 1);
+        if (std::memcmp(packed, again.data(), bytes) != 0)
+          fail("blockwise %d bits, n=%d: without a residual codes are others", bits, n);
+      }
+      check_mean(rows, kRows, n, bits, digest);
+    }
+  }
+}
+
 void check_codec(Random& rng, Digest& digest) {
   for (int round = 0; round < 60; ++round) {
     const int64_t size = 4 * (1 + rng.below(round % 4 ? 3000 : 40000));
@@ -633,6 +729,7 @@ int main() {
   check_add_norm(rng, exact);
   check_recurrent(rng, exact);
   check_sparse(rng, exact);
+  check_blockwise(rng, exact);
   check_codec(rng, codec);
   check_sparse_floats(rng);
   const char* const kind = splits_activations(isa_in_use()) ? "split" : "int16";

@@ -1,5 +1,5 @@
 // emulated_avx512.h - AVX-512 intrinsics in terms of AVX2 ones, by SIMDe (Debian: libsimde-dev), for the kernels of levels
-// avx512vnni and avx512vbmi2 on a machine without AVX-512: `make emulated-check` compiles them with this header before all
+// avx512vnni and avx512vbmi2 on a machine without AVX-512: `make avx512-check` compiles them with this header before all
 // others. What SIMDe 0.7.4 lacks is here, lane by lane.
 #pragma once
 
@@ -46,6 +46,7 @@ inline __m128i cvtepi32_epi8(__m512i a) { return map<__m128i, uint8_t, int32_t>(
 inline __m512 cvtepi32_ps(__m512i a) { return map<__m512, float, int32_t>(a, same); }
 inline __m512i cvtepu16_epi32(__m256i a) { return map<__m512i, int32_t, uint16_t>(a, same); }
 inline __m512i cvtepu8_epi32(__m128i a) { return map<__m512i, int32_t, uint8_t>(a, same); }
+inline __m512i cvtepi8_epi32(__m128i a) { return map<__m512i, int32_t, int8_t>(a, same); }
 inline __m512i cvtps_epi32(__m512 a) {
   return map<__m512i, int32_t, float>(a, [](float x) { return _mm_cvtss_si32(_mm_set_ss(x)); });
 }
@@ -116,6 +117,7 @@ inline __m512i maskz_loadu_epi8(__mmask64 mask, const void* p) {
 #define _mm512_cvtepi32_ps(a) emulated::cvtepi32_ps(a)
 #define _mm512_cvtepu16_epi32(a) emulated::cvtepu16_epi32(a)
 #define _mm512_cvtepu8_epi32(a) emulated::cvtepu8_epi32(a)
+#define _mm512_cvtepi8_epi32(a) emulated::cvtepi8_epi32(a)
 #define _mm512_cvtps_epi32(a) emulated::cvtps_epi32(a)
 #define _mm512_srai_epi32(a, n) emulated::srai_epi32(a, n)
 #define _mm512_cvtph_ps(a) emulated::cvtph_ps(a)

@@ -74,6 +74,9 @@ LEPTON_INLINE I32x16 load_i32(const void* p) {
 LEPTON_INLINE I32x16 load_u8(const uint8_t* p) {
   LEPTON_HALVES(I32x16, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * h))));
 }
+LEPTON_INLINE I32x16 load_s8(const uint8_t* p) {
+  LEPTON_HALVES(I32x16, _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * h))));
+}
 LEPTON_INLINE void store_i32(void* p, I32x16 x) {
   for (int h = 0; h < 2; ++h) _mm256_storeu_si256(static_cast<__m256i*>(p) + h, x.half[h]);
 }
@@ -107,13 +110,15 @@ LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
-// The packs saturate; |x| < 2^14.
 LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
-  const __m128i flip = _mm_set1_epi8(biased ? -128 : 0);
-  for (int i = 0; i < 4; ++i, p += 16) {
-    store_u8(p, add(x[i], broadcast_i32(128)));
-    __m128i* bytes = reinterpret_cast<__m128i*>(p);
-    _mm_storeu_si128(bytes, _mm_xor_si128(_mm_loadu_si128(bytes), flip));
+  // Packs work on each 128 bits; the permutation puts their 32-bit pieces, 0 to 7 by value, back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i flip = _mm256_set1_epi8(biased ? 0 : -128);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i first = _mm256_packs_epi32(x[2 * i].half[0], x[2 * i].half[1]);
+    const __m256i second = _mm256_packs_epi32(x[2 * i + 1].half[0], x[2 * i + 1].half[1]);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_xor_si256(bytes, flip));
   }
 }
 

@@ -62,6 +62,9 @@ LEPTON_INLINE I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }
 LEPTON_INLINE I32x16 load_u8(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+LEPTON_INLINE I32x16 load_s8(const uint8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 LEPTON_INLINE void store_i32(void* p, I32x16 x) { _mm512_storeu_si512(p, x.v); }
 LEPTON_INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LEPTON_INLINE I32x16 sub(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }

@@ -104,6 +104,7 @@ LEPTON_INLINE I32x16 as_i32(F32x16 v) { LEPTON_LANES(I32x16, int32_t(bits_of(v.l
 
 LEPTON_INLINE I32x16 broadcast_i32(int32_t x) { LEPTON_LANES(I32x16, x); }
 LEPTON_INLINE I32x16 load_u8(const uint8_t* p) { LEPTON_LANES(I32x16, p[i]); }
+LEPTON_INLINE I32x16 load_s8(const uint8_t* p) { LEPTON_LANES(I32x16, int8_t(p[i])); }
 LEPTON_INLINE I32x16 load_i32(const void* p) {
   I32x16 out;
   __builtin_memcpy(&out, p, sizeof(out));
@@ -135,10 +136,9 @@ LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
   for (int i = 0; i < 16; ++i) p[i] = uint8_t(v.lane[i]);
 }
 LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
-  for (int i = 0; i < 64; ++i) {
-    const int32_t value = x[i / 16].lane[i % 16];
-    p[i] = uint8_t((value < -128 ? -128 : value > 127 ? 127 : value) + (biased ? 0 : 128));
-  }
+  const int bias = biased ? 0 : 128;
+  for (const I32x16& v : x)
+    for (const int32_t lane : v.lane) *p++ = uint8_t((lane < -128 ? -128 : lane > 127 ? 127 : lane) + bias);
 }
 LEPTON_INLINE void store_int16_quads(uint8_t* p, I32x16 v) {
   int16_t quads[16];

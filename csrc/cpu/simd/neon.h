@@ -89,6 +89,11 @@ LEPTON_INLINE I32x16 load_u8(const uint8_t* p) {
   LEPTON_PARTS(I32x16,
                vreinterpretq_s32_u32(i % 2 ? vmovl_high_u16(words[i / 2]) : vmovl_u16(vget_low_u16(words[i / 2]))));
 }
+LEPTON_INLINE I32x16 load_s8(const uint8_t* p) {
+  const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
+  const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};
+  LEPTON_PARTS(I32x16, i % 2 ? vmovl_high_s16(words[i / 2]) : vmovl_s16(vget_low_s16(words[i / 2])));
+}
 LEPTON_INLINE void store_i32(void* p, I32x16 x) {
   for (int i = 0; i < 4; ++i) vst1q_s32(static_cast<int32_t*>(p) + 4 * i, x.part[i]);
 }
@@ -114,8 +119,9 @@ LEPTON_INLINE I32x16 shift_right_signed(I32x16 a) {
 #undef LEPTON_PARTS
 
 // Sixteen bytes of a row; in RowLayout::pairs eight bytes of the other row follow each eight of them.
+template <int together = kTogether>
 LEPTON_INLINE void store_bytes(uint8_t* p, uint8x16_t bytes) {
-  if constexpr (kTogether == 1) return vst1q_u8(p, bytes);
+  if constexpr (together == 1) return vst1q_u8(p, bytes);
   vst1_u8(p, vget_low_u8(bytes));
   vst1_u8(p + 16, vget_high_u8(bytes));
 }
@@ -124,13 +130,14 @@ LEPTON_INLINE void store_u8(uint8_t* p, I32x16 v) {
                               vmovn_high_s32(vmovn_s32(v.part[2]), v.part[3])};
   store_bytes(p, vreinterpretq_u8_s8(vmovn_high_s16(vmovn_s16(words[0]), words[1])));
 }
+template <int together = kTogether>
 LEPTON_INLINE void store_64(uint8_t* p, const I32x16 (&x)[4], bool biased) {
   const int8x16_t flip = vdupq_n_s8(biased ? 0 : -128);
   for (int i = 0; i < 4; ++i) {
     const int16x8_t words[2] = {vqmovn_high_s32(vqmovn_s32(x[i].part[0]), x[i].part[1]),
                                 vqmovn_high_s32(vqmovn_s32(x[i].part[2]), x[i].part[3])};
     const int8x16_t bytes = vqmovn_high_s16(vqmovn_s16(words[0]), words[1]);
-    store_bytes(p + 16 * kTogether * i, vreinterpretq_u8_s8(veorq_s8(bytes, flip)));
+    store_bytes<together>(p + 16 * together * i, vreinterpretq_u8_s8(veorq_s8(bytes, flip)));
   }
 }
 LEPTON_INLINE void store_quads(uint8_t* p, I32x16 v) { store_u8(p, v); }

@@ -10,6 +10,8 @@ namespace {
 constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 24 sums + 3 pairs of rows + 4 weights of 32 registers
 constexpr int kInt4Rows = 6, kInt4Panels = 1;  // the same + the mask
 
+LEPTON_INLINE void store_s8(uint8_t* p, const I32x16 (&x)[4]) { store_64<1>(p, x, true); }
+
 // As asm, for gcc moves sums from register to register around the intrinsic, and some to the stack.
 LEPTON_INLINE void add_products(int32x4_t& acc, int8x16_t a, int8x16_t w) {
   asm("smmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(w));

@@ -6,12 +6,13 @@
 //   load_f32<dtype>(p)  store_f32<dtype>(p, v)   16 elements of f32, bf16 or f16; bf16 and f16 round to nearest even
 //   broadcast_f32  add  sub  mul  div  min  max (b where one is NaN)  fmadd(a, b, c) = a * b + c
 //   round_i32(v)        to nearest even; |v| < 2^22      to_f32(i)      as_i32(v)  as_f32(i)  the same bits
-//   broadcast_i32  load_i32  load_u8 (16 bytes)  store_i32  add  sub  mul  min  max  bit_and  bit_xor
+//   broadcast_i32  load_i32  load_u8  load_s8 (16 bytes)  store_i32  add  sub  mul  min  max  bit_and  bit_xor
 //   shift_left<n>  shift_right<n> (logical)  shift_right_signed<n>
 //   store_quads(p, i)   16 values in 0..255 as 4 quads of the level's layout, kQuadBytes a quad
 //   store_int16_quads(p, i)     16 values as 4 quads of int16, in the order k0 k2 k1 k3
 //   store_u8(p, i)      16 values in 0..255 as bytes of a row
 //   store_64(p, i[4], biased)   64 values clamped to -128..127 as int8 (biased), or with 128 added as uint8: of a row
+//   store_s8(p, i[4])   64 values clamped to -128..127 as int8, one behind the other
 //   dot_s8<rows>        acc[r] += A[r, 0..4] . W[0..4, 16 columns]: A in quads (uint8, or int8 where signed_quads), W
 //                       int8 [16][4]
 //   dot_u4<rows>        acc[r] += A[r, 0..16] . W[0..16, 16 columns]: A int8, W 4 bit, [2][16][4] (packed_weight.h)
@@ -75,6 +76,7 @@ namespace lepton::LEPTON_ISA {
 namespace {
 template <int rows>
 LEPTON_INLINE void sums_to_rows(I32x16 (&)[rows]) {}
+LEPTON_INLINE void store_s8(uint8_t* p, const I32x16 (&x)[4]) { store_64(p, x, true); }
 }  // namespace
 }  // namespace lepton::LEPTON_ISA
 #endif
