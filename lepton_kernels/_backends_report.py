@@ -12,7 +12,7 @@ SCHEMES = ("w8a8", "w8a16", "w4a8", "w4a16")
 def backends() -> dict[str, Any]:
     """The instruction-set level in use and the machine's best, threads, and which kernel serves which scheme where.
 
-    "sparse" is what serves SparseLinear, on the CPU alone; with w8a8 the zeros and the number of rows decide.
+    "sparse" is what serves SparseLinear, on the CPU alone; with a scheme the zeros and the number of rows decide.
 
     "cuda" is what would serve CUDA tensors, whether or not there is a GPU; None without triton. "cuda_architectures"
     are those that native code was compiled for.
@@ -26,6 +26,7 @@ def backends() -> dict[str, Any]:
         "sparse": {
             "float": f"sparse_rows[{C.isa()}]",
             "w8a8": f"gemm_int8_blocks, sparse_rows or gemm_int8[{C.isa()}]",
+            "w4a16": f"sparse_rows or {kernel_name('w4a16', 'cpu')}",
         },
         "cuda": {scheme: kernel_name(scheme, "cuda") for scheme in SCHEMES} if triton else None,
         "cuda_architectures": C.cuda_architectures(),

@@ -46,6 +46,17 @@ def _check_bias(bias: Tensor | None, n: int) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; allowed: ({n},)")
 
 
+def _check_groups(weight_scale: Tensor, weight_zero_point: Tensor | None, n: int, k: int, group_size: int) -> None:
+    if group_size != -1 and (group_size <= 0 or group_size % 16):
+        raise ValueError(f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row")
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
+        if tensor is not None and tuple(tensor.shape) != (n, groups):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: ({n}, {groups})")
+    if weight_zero_point is not None and weight_zero_point.dtype is not torch.int8:
+        raise ValueError(f"weight_zero_point is {weight_zero_point.dtype}; allowed: int8")
+
+
 def check_int8(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """weight_packed int8 [n, k], weight_scale [n, 1], bias [n] or None."""
     if weight_packed.dim() != 2 or weight_packed.dtype is not torch.int8:
@@ -71,8 +82,6 @@ def check_int4(
         raise ValueError(
             f"weight_packed is {weight_packed.dtype} {tuple(weight_packed.shape)}; allowed: int32 [n, ceil(k / 8)]"
         )
-    if group_size != -1 and (group_size <= 0 or group_size % 16):
-        raise ValueError(f"group_size is {group_size}; allowed: a positive multiple of 16, or -1 for the whole row")
     _check_devices(
         x, weight_packed=weight_packed, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias
     )
@@ -81,10 +90,7 @@ def check_int4(
     k = x.shape[-1]
     if -(-k // 8) != words:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: a last dimension of {8 * words - 7} to {8 * words}")
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
-        if tensor is not None and tuple(tensor.shape) != (n, groups):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: ({n}, {groups})")
+    _check_groups(weight_scale, weight_zero_point, n, k, group_size)
     _check_bias(bias, n)
 
 

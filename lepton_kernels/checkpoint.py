@@ -36,9 +36,12 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def _sparse(layer: SparseLinear) -> dict[str, Any]:
+    scheme: Any = layer.scheme
+    if layer.scheme is not None:
+        scheme = layer.scheme.name if layer.scheme.weight_bits == 8 else asdict(layer.scheme)
     return {"nonzeros": layer.nonzeros, "bias": layer.bias is not None,
-            "dtype": None if layer.scheme else _NAMES[layer.weight_compressed.dtype],
-            "activation": layer.activation, "scheme": layer.scheme}  # fmt: skip
+            "dtype": None if scheme else _NAMES[layer.weight_compressed.dtype],
+            "activation": layer.activation, "scheme": scheme}  # fmt: skip
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -127,22 +130,23 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         dtype = _DTYPES[spec["dtype"]]
         return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
     dtype = _DTYPES[spec["dtype"]] if spec.get("dtype") else torch.float32
+    scheme = QuantScheme(**spec["scheme"]) if isinstance(spec["scheme"], dict) else spec["scheme"]
     if spec["kind"] == "SparseConv2d":
         if not isinstance(old, (nn.Conv2d, SparseConv2d)):
             raise TypeError(f"an nn.Conv2d in the file and {type(old).__name__} in the model")
         geometry = {name: spec[name] for name in ("stride", "padding", "dilation", "padding_mode")}
         return SparseConv2d(
             old.in_channels, old.out_channels, spec["kernel_size"], spec["nonzeros"], **geometry, bias=spec["bias"],
-            dtype=dtype, device="meta", activation=spec["activation"], scheme=spec["scheme"],
+            dtype=dtype, device="meta", activation=spec["activation"], scheme=scheme,
         )  # fmt: skip
     if not isinstance(old, (nn.Linear, QuantLinear, SparseLinear)):
         raise TypeError(f"an nn.Linear in the file and {type(old).__name__} in the model")
     if spec["kind"] == "SparseLinear":
         return SparseLinear(
             old.in_features, old.out_features, spec["nonzeros"], spec["bias"], dtype, "meta", spec["activation"],
-            spec["scheme"],
+            scheme,
         )  # fmt: skip
-    scheme, activation = QuantScheme(**spec["scheme"]), spec.get("activation", "none")
+    activation = spec.get("activation", "none")
     # What computed the activation before fuse_ is not there any more: the layer has to keep it.
     fused = isinstance(old, QuantLinear) and old.activation_is_fused
     if fused and activation != "none":

@@ -2,7 +2,9 @@
 
 Float weights are streams of nonzeros (sparse_rows). int8 weights are stored for whichever kernel the shape, the zeros
 and the level make the fastest: blocks of 16 x 4 (gemm_int8_blocks), streams of groups or of pairs of nonzeros
-(sparse_rows) or, where too few of the weights are zeros, all of them (gemm_int8). They give the same bits.
+(sparse_rows) or, where too few of the weights are zeros, all of them (gemm_int8). They give the same bits. 4-bit
+weights are stored as the float streams of what they stand for or, where those are slower, all of them (gemm_int4,
+gemm_int16): the same but for how activations and sums are rounded.
 """
 
 from typing import Any, NamedTuple
@@ -41,6 +43,19 @@ _TWINS = 0.6
 _STREAM_START = 0.05  # of the dense kernel's time: activations are turned, sums come and go
 _BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
 _STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
+# Time of a nonzero in a float stream over that of a weight of the dense w4a16 kernel: of many rows of X, and of one.
+# generic, ssse3, avx2: measured, 4096 x 4096, 128 rows and 1, 1 thread, the processor of the costs above. amx: the
+# dense kernel as measured on a processor that has it (bench/RESULTS.md), a nonzero of 64 rows at the cycles that 32
+# take on avx2. The others: by the instructions that either takes, and the ports that run them.
+_INT4_STREAM_COST = {
+    "generic": 6.4, "ssse3": 6.4, "avx2": 2.4, "avxvnni": 4.0, "avx512vnni": 4.0, "avx512vbmi2": 4.0, "amx": 16.0,
+    "neondot": 3.0, "neoni8mm": 4.5,
+}  # fmt: skip
+_INT4_ROW_COST = {
+    "generic": 9.0, "ssse3": 9.0, "avx2": 14.0, "avxvnni": 20.0, "avx512vnni": 25.0, "avx512vbmi2": 25.0, "amx": 25.0,
+    "neondot": 16.0, "neoni8mm": 18.0,
+}  # fmt: skip
+_ALONE = 4  # 16 rows alone take as long as 20 of those that two 16 side by side are; measured as above, on avx2
 
 
 class PackedRows(NamedTuple):
@@ -66,7 +81,8 @@ class PackedBlocks(NamedTuple):
     steps: int
 
 
-Sources = tuple[Tensor, Tensor, Tensor | None]  # values [nonzeros], bitmask uint8 [n, ceil(k / 8)], scale f32 [n, 1]
+# Values [nonzeros], bitmask uint8 [n, ceil(k / 8)], scale f32 [n, 1], zero points; of 4 bits as docs/formats.md has it.
+Sources = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class FloatWeight:
@@ -84,7 +100,7 @@ class FloatWeight:
     def form(self, kernel: str, sources: Sources) -> PackedRows:
         """What a kernel reads, made of the saved tensors on first use."""
         if kernel not in self._forms:
-            values, bitmask, _ = sources
+            values, bitmask = sources[:2]
             form = TWINS if kernel == "twins" else FLOATS
             self._forms[kernel] = pack_rows(values, bitmask, self.k, None, form, long=kernel == "row")
         return self._forms[kernel]
@@ -126,7 +142,7 @@ class Int8Weight:
     def form(self, kernel: str, sources: Sources) -> Any:
         """What a kernel reads, made of the saved tensors on first use."""
         if kernel not in self._forms:
-            values, bitmask, scale = sources
+            values, bitmask, scale = sources[:3]
             assert scale is not None
             if kernel in ("pairs", "groups", "row"):
                 form = GROUPS if kernel == "groups" else PAIRS
@@ -145,50 +161,100 @@ class Int8Weight:
         return PackedBlocks(data, data.data_ptr(), self.n, self.k, self.steps)
 
 
-_streams: Derived[PackedRows] = Derived()
-_weights: Derived[FloatWeight | Int8Weight] = Derived()
+class Int4Weight:
+    """A sparse 4-bit weight as the kernels read it: all of it, or the streams of what its nonzeros stand for.
+
+    It holds none of the saved tensors, so that it goes when they go.
+    """
+
+    def __init__(self, n: int, k: int, group_size: int, nonzeros: int, twins: int) -> None:
+        weights = max(n * k, 1)
+        self.k, self.group_size = k, group_size
+        # Shares of the weights: nonzeros, and nonzeros that take as long as the items of the stream for many rows.
+        self.nonzeros, self.items = nonzeros / weights, min(nonzeros, twins / _TWINS) / weights
+        self._stream = FloatWeight(k, nonzeros, twins)
+        self._forms: dict[str, Any] = {}
+
+    def kernel(self, m: int) -> str:
+        """Which kernel is the fastest for m rows: "dense", "row" (m = 1), "rows" or "twins"."""
+        if m == 1:
+            cost = self.nonzeros * _INT4_ROW_COST[C.isa()]
+        else:
+            vectors = max(1, -(-m // _STREAM_ROWS))
+            rows = vectors * _STREAM_ROWS + vectors % 2 * _ALONE
+            cost = self.items * _INT4_STREAM_COST[C.isa()] * rows / max(m, 1)
+        return self._stream.kernel(m) if _STREAM_START + cost < 1 else "dense"
+
+    def form(self, kernel: str, sources: Sources) -> Any:
+        """What a kernel reads, made of the saved tensors on first use."""
+        if kernel not in self._forms:
+            self._forms[kernel] = self._dense(sources) if kernel == "dense" else self._floats(kernel, sources)
+        return self._forms[kernel]
+
+    def _dense(self, sources: Sources) -> cpu.Packed:
+        values, bitmask, scale, zero = sources
+        assert scale is not None
+        packed = reference.pack_int4(reference.expand_sparse_int4(values, bitmask, zero, self.k, self.group_size))
+        return cpu.make_int4(packed, scale, zero, self.k, self.group_size)
+
+    def _floats(self, kernel: str, sources: Sources) -> PackedRows:
+        weight = reference.dequantize_sparse(*sources, self.k, self.group_size)
+        values = weight[reference.unpack_bitmask(sources[1], self.k)]
+        return self._stream.form(kernel, (values, sources[1], None, None))
+
+
+Weight = FloatWeight | Int8Weight | Int4Weight
+
+_weights: Derived[Weight] = Derived()
 
 
 def pack_rows(
     values: Tensor, bitmask: Tensor, k: int, scale: Tensor | None = None, form: int = FLOATS, long: bool = False
 ) -> PackedRows:
-    """The stream of values [nonzeros] and bitmask uint8 [n, ceil(k / 8)]; made once.
+    """The stream of values [nonzeros] and bitmask uint8 [n, ceil(k / 8)].
 
     scale: f32 [n, 1] of int8 values, whose form is PAIRS or GROUPS. long: for single rows of X. Raises ValueError where
     the bitmask does not have as many ones as there are values, or has some past k.
     """
-    slice = C.LONG_SLICE if long else C.SPARSE_SLICE
+    slice, n = C.LONG_SLICE if long else C.SPARSE_SLICE, bitmask.shape[0]
+    stored = values.to(torch.float32 if scale is None else torch.int8).contiguous()
+    mask = bitmask.contiguous()
+    C.check_bitmask(mask.data_ptr(), n, k, values.numel())
+    items = C.count_items(mask.data_ptr(), n, k, form, slice)
+    data = torch.empty(C.sparse_rows_bytes(n, k, form, slice, items), dtype=torch.uint8)
+    C.pack_sparse_rows(stored.data_ptr(), mask.data_ptr(), n, k, form, slice, items, data.data_ptr())
+    scales = None if scale is None else scale.to(torch.float32).flatten().clone()  # not to keep `scale` alive
+    return PackedRows(data, data.data_ptr(), n, k, form, slice, items, scales)
 
-    def make() -> PackedRows:
+
+def pack(sources: Sources, k: int, group_size: int = -1) -> Weight:
+    """A sparse weight of its saved tensors; looked at once.
+
+    group_size: of 4 bits. Raises ValueError where the bitmask does not have as many ones as there are values, or has
+    some past k.
+    """
+
+    def make() -> Weight:
+        values, bitmask, scale = sources[:3]
         n = bitmask.shape[0]
-        stored = values.to(torch.float32 if scale is None else torch.int8).contiguous()
         mask = bitmask.contiguous()
-        C.check_bitmask(mask.data_ptr(), n, k, values.numel())
-        items = C.count_items(mask.data_ptr(), n, k, form, slice)
-        data = torch.empty(C.sparse_rows_bytes(n, k, form, slice, items), dtype=torch.uint8)
-        C.pack_sparse_rows(stored.data_ptr(), mask.data_ptr(), n, k, form, slice, items, data.data_ptr())
-        scales = None if scale is None else scale.to(torch.float32).flatten().clone()  # not to keep `scale` alive
-        return PackedRows(data, data.data_ptr(), n, k, form, slice, items, scales)
+        nonzeros = values.numel()
+        if values.dtype is torch.uint8:
+            nonzeros = reference.count_ones(bitmask, k)
+            if values.numel() != -(-nonzeros // 2):
+                raise ValueError(
+                    f"sparse weight: weight_compressed has {values.numel()} bytes; allowed: {-(-nonzeros // 2)}, two "
+                    f"values each for the {nonzeros} ones of the bitmask"
+                )
+        C.check_bitmask(mask.data_ptr(), n, k, nonzeros)
+        if values.dtype is torch.int8:
+            pairs, groups = (C.count_items(mask.data_ptr(), n, k, form, C.SPARSE_SLICE) for form in (PAIRS, GROUPS))
+            dense = reference.expand_sparse(values, bitmask, k)
+            return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k))
+        twins = C.count_items(mask.data_ptr(), n, k, TWINS, C.SPARSE_SLICE)
+        return FloatWeight(k, nonzeros, twins) if scale is None else Int4Weight(n, k, group_size, nonzeros, twins)
 
-    return _streams.get((values, bitmask, *(() if scale is None else (scale,))), (k, form, slice), make)
-
-
-def pack(sources: Sources, k: int) -> FloatWeight | Int8Weight:
-    """A sparse weight of its saved tensors; looked at once. Raises ValueError as pack_rows."""
-
-    def make() -> FloatWeight | Int8Weight:
-        values, bitmask, scale = sources
-        n = bitmask.shape[0]
-        mask = bitmask.contiguous()
-        C.check_bitmask(mask.data_ptr(), n, k, values.numel())
-        if scale is None:
-            twins = C.count_items(mask.data_ptr(), n, k, TWINS, C.SPARSE_SLICE)
-            return FloatWeight(k, values.numel(), twins)
-        pairs, groups = (C.count_items(mask.data_ptr(), n, k, form, C.SPARSE_SLICE) for form in (PAIRS, GROUPS))
-        dense = reference.expand_sparse(values, bitmask, k)
-        return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k))
-
-    return _weights.get(tuple(t for t in sources if t is not None), (k,), make)
+    return _weights.get(tuple(t for t in sources if t is not None), (k, group_size), make)
 
 
 def sparse_rows(x: Tensor, packed: PackedRows, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -218,7 +284,7 @@ def gemm_int8_blocks(x: Tensor, packed: PackedBlocks, bias: Tensor | None, activ
 
 def product(
     x: Tensor,
-    weight: FloatWeight | Int8Weight,
+    weight: Weight,
     sources: Sources,
     bias: Tensor | None,
     activation: str = "none",
@@ -232,7 +298,7 @@ def product(
         return sparse_rows(x, form, bias, activation)
     if isinstance(form, PackedBlocks):
         return gemm_int8_blocks(x, form, bias, activation)
-    return cpu.gemm(x, form, bias, True, activation)
+    return cpu.gemm(x, form, bias, form.bits == 8, activation)
 
 
 def sparse_linear(
@@ -242,7 +308,9 @@ def sparse_linear(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     activation: str = "none",
+    weight_zero_point: Tensor | None = None,
+    group_size: int = -1,
 ) -> Tensor:
     """The operator lepton::sparse_linear on the CPU."""
-    sources = weight_compressed, weight_bitmask, weight_scale
-    return product(x, pack(sources, x.shape[-1]), sources, bias, activation)
+    sources = weight_compressed, weight_bitmask, weight_scale, weight_zero_point
+    return product(x, pack(sources, x.shape[-1], group_size), sources, bias, activation)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lepton_kernels.nn.sparse_linear import SparseLinear
 from lepton_kernels.pattern import Pattern
+from lepton_kernels.scheme import QuantScheme
 
 # Bytes of rows at a time: they should stay in the caches until they are multiplied.
 _ROW_BYTES = 4 << 20
@@ -52,7 +53,7 @@ class SparseConv2d(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         activation: str = "none",
-        scheme: str | None = None,
+        scheme: str | QuantScheme | None = None,
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -72,13 +73,17 @@ class SparseConv2d(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, pattern: str | None = None, scheme: str | None = None, activation: str = "none"
+        cls,
+        conv: nn.Conv2d,
+        pattern: str | None = None,
+        scheme: str | QuantScheme | None = None,
+        activation: str = "none",
     ) -> "SparseConv2d":
         """The copy of a Conv2d without its zeros (prune_ makes them), with `activation` after it.
 
         The arguments are those of SparseLinear.from_linear; pattern is that of the weight as prune_ sees it, a row of
-        [in, height, width] for each output channel. `conv` is not changed. Raises ValueError for groups other than 1,
-        and as SparseLinear.from_linear.
+        [in, height, width] for each output channel. The groups of a scheme are along this file's rows. `conv` is not
+        changed. Raises ValueError for groups other than 1, and as SparseLinear.from_linear.
         """
         if conv.groups != 1:
             raise ValueError(f"SparseConv2d.from_conv: groups is {conv.groups}; allowed: 1")

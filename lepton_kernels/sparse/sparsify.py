@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantLinear, SparseConv2d, SparseLinear
+from lepton_kernels.nn.sparse_linear import SCHEMES
 from lepton_kernels.pattern import Pattern
 from lepton_kernels.scheme import QuantScheme
 from lepton_kernels.sparse.calibration import Layer, as_matrix, call, evaluating
@@ -83,14 +84,14 @@ def _candidates(layer: Layer, scheme: QuantScheme | None) -> dict[str, Callable[
     out: dict[str, Callable[[], nn.Module]] = {"dense": lambda: layer}
     if isinstance(layer, nn.Conv2d):
         out["sparse"] = lambda: SparseConv2d.from_conv(layer)
-        if scheme is not None and scheme.name == "w8a8":
-            out["sparse w8a8"] = lambda: SparseConv2d.from_conv(layer, scheme="w8a8")
+        if scheme is not None and scheme.name in SCHEMES:
+            out[f"sparse {scheme.name}"] = lambda: SparseConv2d.from_conv(layer, scheme=scheme)
         return out
     out["sparse"] = lambda: SparseLinear.from_linear(layer)
     if scheme is not None:
         out[scheme.name] = lambda: QuantLinear.from_linear(layer, scheme)
-        if scheme.name == "w8a8":
-            out["sparse w8a8"] = lambda: SparseLinear.from_linear(layer, scheme="w8a8")
+        if scheme.name in SCHEMES:
+            out[f"sparse {scheme.name}"] = lambda: SparseLinear.from_linear(layer, scheme=scheme)
     return out
 
 
@@ -145,13 +146,13 @@ def sparsify_(
     """Replaces every nn.Linear and nn.Conv2d of `model` by its fastest form on this machine, in place, after prune_.
 
     Candidates: the dense layer as it is, SparseLinear or SparseConv2d (the same weights to the bit), with `scheme`
-    ("w8a8", ...) QuantLinear, with "w8a8" sparse layers of int8 weights. Each is timed in turn on random input, on
-    torch's number of threads: an nn.Linear with each number of `rows`, an nn.Conv2d with the shape that reaches it when
-    the model gets `example` (a tensor, a tuple of arguments or a mapping of keywords; without one they stay). That
-    with the least product of its times wins; the dense layer stays where no other takes under 0.97 of its time. Layers
-    of one shape, type, pattern and share of zeros (in hundredths) are timed once. Masks (prune_(keep_masks=True),
-    GradualPruner) are dropped first. Returns a row a layer with all times. Raises ValueError when a selector matches
-    nothing, `rows` is empty or holds a number below 1, or there is no layer.
+    ("w8a8", ...) QuantLinear, with "w8a8" and "w4a16" sparse layers of such weights too. Each is timed in turn on
+    random input, on torch's number of threads: an nn.Linear with each number of `rows`, an nn.Conv2d with the shape
+    that reaches it when the model gets `example` (a tensor, a tuple of arguments or a mapping of keywords; without one
+    they stay). That with the least product of its times wins; the dense layer stays where no other takes under 0.97 of
+    its time. Layers of one shape, type, pattern and share of zeros (in hundredths) are timed once. Masks
+    (prune_(keep_masks=True), GradualPruner) are dropped first. Returns a row a layer with all times. Raises ValueError
+    when a selector matches nothing, `rows` is empty or holds a number below 1, or there is no layer.
     """
     chosen_scheme = None if scheme is None else QuantScheme.of(scheme)
     counts = tuple(rows)

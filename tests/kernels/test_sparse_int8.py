@@ -155,8 +155,7 @@ def test_operands_that_do_not_fit(change, text, rng):
 
 def test_what_was_packed_goes_with_the_weight(rng):
     def alive() -> int:
-        caches = cpu_sparse._weights, cpu_sparse._streams
-        return sum(not e.sources[0][0].expired() for cache in caches for e in cache._entries.values())
+        return sum(not e.sources[0][0].expired() for e in cpu_sparse._weights._entries.values())
 
     before = alive()
     for _ in range(3):
@@ -164,6 +163,6 @@ def test_what_was_packed_goes_with_the_weight(rng):
         weight = cpu_sparse.pack(sources, 64)
         for kernel in KERNELS:
             weight.form(kernel, sources)
-        assert alive() >= 2
+        assert alive() >= 1
         del sources, weight
     assert alive() <= before

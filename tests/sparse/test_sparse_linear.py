@@ -62,7 +62,7 @@ def test_patterns_are_detected(pattern, sparsity):
 def test_the_report_names_the_kernels():
     isa = lk.backends()["isa"]
     assert lk.backends()["sparse"]["float"] == f"sparse_rows[{isa}]"
-    assert set(lk.backends()["sparse"]) == {"float", "w8a8"}
+    assert set(lk.backends()["sparse"]) == {"float", "w8a8", "w4a16"}
 
 
 def test_gradients():
