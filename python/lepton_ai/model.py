@@ -2,7 +2,7 @@
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 import lepton_kernels as lk
 from lepton_ai.compression import Compression, Pruning, Quantization
 from lepton_ai.sources import CONFIG_KEY, metadata_of, model_of_config, open_model
+from lepton_ai.training import compressed_form_, train_form_
 from lepton_kernels.model_file import ModelFile
 
 Step = Pruning | Quantization | Compression
@@ -100,6 +101,28 @@ class CompressedModel:
         if fuse:
             report.fusion = lk.fuse_(model, optional=True)
         return cls(model, report)
+
+    def trainable(self, *, mask_from: float | None = None) -> nn.Module:
+        """A copy of the model to train: float32 master weights, the zeros fixed (lepton_ai.training.train_form_)."""
+        return train_form_(copy.deepcopy(self.model), mask_from=mask_from)
+
+    def retrained(self, module: nn.Module) -> "CompressedModel":
+        """The model compressed anew with the weights of `module`, what trainable() gave; `module` may train on.
+
+        Codec, schemes, zeros and mode (training, eval) are this model's; the report's tables are those of the first
+        compression. Raises ValueError where `module` holds other names than the model.
+        """
+        fuse = self._report.fusion is not None
+        model = compressed_form_(copy.deepcopy(module).train(self.model.training), fuse=fuse)
+        names = set(self.model.state_dict()) ^ set(model.state_dict())
+        if names:
+            raise ValueError(
+                f"retrained: module differs from the model in {sorted(names)[:3]}; allowed: what trainable() gave "
+                "(the .module of a DistributedDataParallel)"
+            )
+        report = replace(self._report, bytes_after=_state_bytes(model), file_bytes=None)
+        report.steps = [*report.steps, "trained"]
+        return CompressedModel(model, report)
 
 
 class LeptonModel:
