@@ -1,20 +1,37 @@
-"""Lepton's pipeline: prune, quantize and entropy-code a model, and measure what that did. Names load on first use."""
+"""Lepton's pipeline: prune, quantize and entropy-code a model, measure it, train and run it over processes. Names load
+on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_ai import compression
+    from lepton_ai import compression, distributed, training
+    from lepton_ai.distributed.model import LeptonDistributedModel
     from lepton_ai.model import CompressedModel, LeptonModel
+    from lepton_ai.resources import ResourceManager
 
-__all__ = ["CompressedModel", "LeptonModel", "compression"]
+_SUBPACKAGES = ("compression", "distributed", "training")
+_HOMES = {
+    "CompressedModel": "lepton_ai.model", "LeptonModel": "lepton_ai.model",
+    "LeptonDistributedModel": "lepton_ai.distributed.model", "ResourceManager": "lepton_ai.resources",
+}  # fmt: skip
+
+__all__ = [
+    "CompressedModel",
+    "LeptonDistributedModel",
+    "LeptonModel",
+    "ResourceManager",
+    "compression",
+    "distributed",
+    "training",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compression":
-        return importlib.import_module("lepton_ai.compression")
-    if name in __all__:
-        return getattr(importlib.import_module("lepton_ai.model"), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lepton_ai.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lepton_ai' has no attribute {name!r}")
 
 

@@ -1,0 +1,166 @@
+"""Checkpoints of a training job, by torch.distributed.checkpoint: a folder step-N, complete once it has that name.
+
+Model and optimizer of every shard are stored once for all data ranks, so a job may go on with another number of
+those; random states and the residuals of error feedback belong to a rank. A job that goes on with the same ranks gives
+the bits that it would have given without a stop.
+"""
+
+import pickle
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from lepton_ai.distributed.data_partitioner import DataPartitioner
+from lepton_ai.distributed.synchronous_update import SynchronousUpdate
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Layout(NamedTuple):
+    """Ranks along data, pipeline and tensor, and which shard of the model is this rank's."""
+
+    data: int
+    pipeline: int
+    tensor: int
+    shard: str
+
+
+@dataclass
+class State:
+    """What a checkpoint holds of a rank. data_rank 0 of a shard writes its model and optimizer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    partitioner: DataPartitioner
+    update: SynchronousUpdate
+    data_rank: int
+    layout: Layout
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)  # of each epoch: their sum over samples, and samples
+
+    def progress(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "losses": self.losses, "data": self.partitioner.state_dict(),
+            "layout": list(self.layout[:3]),
+        }  # fmt: skip
+
+    def shard(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_OPTIONS)
+        return {"model": model, "optimizer": optimizer}
+
+    def own(self) -> dict[str, Any]:
+        return {"random": _random_states(), "update": self.update.state_dict()}
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _random_states() -> bytes:
+    return pickle.dumps([random.getstate(), np.random.get_state(), torch.get_rng_state()])
+
+
+def _set_random_states(states: bytes) -> None:
+    python, numpy, of_torch = pickle.loads(states)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(of_torch)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns of a checkpoint by one process without a process group: here that is meant."""
+    with warnings.catch_warnings():
+        if not dist.is_initialized():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, the oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save(folder: Path, state: State) -> None:
+    """Writes step-N of all ranks together, then drops the older ones; a stop in between leaves those."""
+    final, part = folder / f"step-{state.step}", folder / f"part-{state.step}"
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    _barrier()
+    contents: dict[str, Any] = {f"own-{_rank()}": state.own()}
+    if state.data_rank == 0:
+        contents[f"shard-{state.layout.shard}"] = state.shard()
+    if _rank() == 0:
+        contents["progress"] = pickle.dumps(state.progress())
+    with _alone_is_fine():
+        dcp.save(contents, checkpoint_id=part)
+    _barrier()
+    if _rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in checkpoints_of(folder)[:-1]:
+            shutil.rmtree(old)
+    _barrier()
+
+
+def resume(folder: Path, state: State) -> bool:
+    """Brings `state` to the newest checkpoint of the folder, in place. False where there is none.
+
+    Raises ValueError where it was taken with other numbers of tensor or pipeline ranks.
+    """
+    found = checkpoints_of(folder)
+    _barrier()  # nobody writes or drops one while others look
+    if not found:
+        return False
+    reader = dcp.FileSystemReader(found[-1])
+    stored = {name.split(".")[0] for name in reader.read_metadata().state_dict_metadata}
+    contents: dict[str, Any] = {"progress": b"", f"shard-{state.layout.shard}": state.shard()}
+    if f"own-{_rank()}" in stored:
+        contents[f"own-{_rank()}"] = state.own()
+    with _alone_is_fine():
+        dcp.load(contents, storage_reader=reader)
+    progress = pickle.loads(contents["progress"])
+    data, *shards = progress["layout"]
+    if tuple(shards) != state.layout[1:3]:
+        raise ValueError(
+            f"train: the checkpoint {found[-1]} is of {shards[0]} pipeline and {shards[1]} tensor ranks; allowed: "
+            f"{state.layout.pipeline} and {state.layout.tensor}, as this job has"
+        )
+    shard = contents[f"shard-{state.layout.shard}"]
+    set_state_dict(
+        state.model, state.optimizer, model_state_dict=shard["model"], optim_state_dict=shard["optimizer"],
+        options=_OPTIONS,
+    )  # fmt: skip
+    state.step, state.losses = progress["step"], progress["losses"]
+    state.partitioner.load_state_dict(progress["data"])
+    if data == state.layout.data:
+        own = contents[f"own-{_rank()}"]
+        _set_random_states(own["random"])
+        state.update.load_state_dict(own["update"])
+    return True
