@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-sparse bench-convolution bench-codec bench-pipeline 
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) fuzz arm-check avx512-check cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) bench-dist fuzz arm-check avx512-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -41,6 +41,8 @@ bench-codec: ## Its codec part
 bench-pipeline: ## Its part on a whole model
 bench-prune: ## Its pruning part
 bench-recurrent: ## LSTM and GRU
+bench-dist: .venv/.native ## Distributed training: link speeds (root, ip and tc), losses, killed workers; prints tables
+	$(BIN)/python bench/distributed.py $(ARGS)
 $(BENCHES): bench-%: .venv/.native .venv/.bench
 	$(BIN)/python bench/run.py $* $(ARGS)
 
