@@ -50,6 +50,7 @@ class SynchronousUpdate:
     compression: "fp32", "bf16", "fp16", "int8" or "int4" (128 values share a scale; 3.88 and 7.53 times fewer bytes).
     error_feedback: for int8 and int4. automatic: when training begins, the ranks time one compressed exchange and one
     in float32 and use the faster: on a fast link compression costs more than it saves (stats() says what was measured).
+    Two runs may then decide otherwise, and differ in their bits; a resumed one keeps to what was decided.
     timeout: seconds after which a rank that does not answer ends the job, with its number in the error (PeerError).
     Raises ValueError for another compression or a timeout that is not positive.
     """
@@ -69,7 +70,7 @@ class SynchronousUpdate:
         self._names: dict[nn.Parameter, str] = {}
         self._residuals: dict[tuple[str, ...], Tensor] = {}  # by the parameters of a bucket, f32 [values]
         self._loaded: dict[str, Tensor] = {}  # by parameter, until its bucket is seen
-        self._steps = self._values = self._bytes_plain = 0
+        self._steps = self._values = self._bytes = 0
         self._seconds: tuple[float | None, float | None] = None, None
 
     def attach(self, model: DistributedDataParallel) -> "SynchronousUpdate":
@@ -87,6 +88,7 @@ class SynchronousUpdate:
         """Ends what attach began; the model's process group may go then."""
         if self._mean is not None:
             self._mean.close()
+            self._bytes += self._mean.bytes_sent
             self._mean = None
 
     def stats(self) -> UpdateStats:
@@ -94,7 +96,7 @@ class SynchronousUpdate:
         ranks = 1 if self._group is None else self._group.size()
         compressed = 0 if self._mean is None else self._mean.bytes_sent
         return UpdateStats(
-            self.compression, self._active, self._steps, self._bytes_plain + compressed,
+            self.compression, self._active, self._steps, self._bytes + compressed,
             ring_bytes(self._values * 4, ranks), *self._seconds,
         )  # fmt: skip
 
@@ -132,7 +134,7 @@ class SynchronousUpdate:
     def _pays(self) -> bool:
         """Whether a compressed exchange is the faster; on every rank the same answer."""
         values = torch.randn(_PROBE_VALUES)
-        before = 0 if self._mean is None else self._mean.bytes_sent
+        before = self._bytes
 
         def seconds_of(exchange: Callable[[Tensor], Any]) -> float:
             buffer = values.clone()
@@ -147,9 +149,9 @@ class SynchronousUpdate:
         slowest = torch.tensor([median(column) for column in zip(*pairs[1:], strict=True)], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
         self._seconds = float(slowest[0]), float(slowest[1])
-        self._bytes_plain = 0
+        self._bytes = before
         if self._mean is not None:
-            self._mean.bytes_sent = before
+            self._mean.bytes_sent = 0
         return self._seconds[1] < _PAYS * self._seconds[0]
 
     def _residual_of(self, parameters: list[Tensor]) -> Tensor | None:
@@ -169,7 +171,7 @@ class SynchronousUpdate:
         if self._mean is not None:
             return self._mean.start(buffer, residual)
         sent = buffer.to(_HALVES[self.compression])
-        self._bytes_plain += ring_bytes(sent.numel() * sent.element_size(), self._ranks())
+        self._bytes += ring_bytes(sent.numel() * sent.element_size(), self._ranks())
         return self._all_reduce(sent, buffer)
 
     def _all_reduce(self, sent: Tensor, buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -185,7 +187,7 @@ class SynchronousUpdate:
         self._steps += bucket.is_last()
         self._values += buffer.numel()
         if not self._active:
-            self._bytes_plain += ring_bytes(buffer.numel() * buffer.element_size(), self._ranks())
+            self._bytes += ring_bytes(buffer.numel() * buffer.element_size(), self._ranks())
             return self._all_reduce(buffer, buffer)
         if self._mean is None:
             return self._average(buffer, None)
