@@ -92,8 +92,8 @@ class ResourceManager:
     def place(self, memory: int = 0, multiple: int = 1, at_most: int | None = None) -> Placement:
         """How many workers fit here: a multiple of `multiple`, a core each and no core for two, `memory` bytes each.
 
-        memory: what one worker takes (TrainReport.peak_memory of one before it). Cores are dealt evenly, in order. Where
-        min_workers asks for more workers than there are cores, they share them. Raises ValueError where not even
+        memory: what one worker takes (TrainReport.peak_memory of one before it). Cores are dealt evenly, in order.
+        Where min_workers asks for more workers than there are cores, they share them. Raises ValueError where not even
         min_workers (rounded up to the multiple) fit into max_workers or the memory.
         """
         cores = usable_cores()
