@@ -267,11 +267,8 @@ def quantize_blockwise(x: Tensor, bits: int, residual: Tensor | None = None) -> 
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     code = torch.round(v * inverse[:, None]).to(torch.int32)
     left = (v - code * scale[:, None]).flatten()[:n]
-    if bits == 8:
-        data = code.to(torch.int8).view(torch.uint8).flatten()
-    else:
-        nibbles = (code + 8).to(torch.uint8).view(-1, 2)
-        data = nibbles[:, 0] | nibbles[:, 1] << 4
+    codes = code.to(torch.int8).flatten()
+    data = codes.view(torch.uint8) if bits == 8 else pack_nibbles(codes)
     scale = torch.where(finite, scale, torch.nan)
     return torch.cat([data[: _code_bytes(n, bits)], scale.view(torch.uint8)]), left
 
@@ -280,7 +277,7 @@ def dequantize_blockwise(packed: Tensor, n: int, bits: int) -> Tensor:
     """code * scale, f32 [n], of what quantize_blockwise packed."""
     size = _code_bytes(n, bits)
     data, scale = packed[:size], packed[size:].clone().view(torch.float32)
-    code = data.view(torch.int8) if bits == 8 else torch.stack([data & 0xF, data >> 4], 1).flatten().to(torch.int8) - 8
+    code = data.view(torch.int8) if bits == 8 else unpack_nibbles(data)
     return code[:n].to(torch.float32) * scale.repeat_interleave(_SCALE_BLOCK)[:n]
 
 

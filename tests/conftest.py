@@ -43,3 +43,31 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def run_at_level(run_python, request):
+    """Runs a program, which sees the names of the test's module and a generator rng, at a level or, where this machine
+    does not have it, at one that it has."""
+
+    def run(isa: str, program: str) -> None:
+        path = request.path
+        start = f"""
+import sys
+sys.path[:0] = [{str(path.parent)!r}, {str(path.parents[1])!r}]
+from {path.stem} import *
+rng = torch.Generator().manual_seed(7)
+"""
+        run_python(start + program, LEPTON_MAX_ISA=isa)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bert_config():
+    """A BERT of two layers, random weights."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=150,
+        max_position_embeddings=64,
+    )  # fmt: skip

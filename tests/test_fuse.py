@@ -38,14 +38,10 @@ def mlp(activation: nn.Module, scheme: str = "w8a8") -> nn.Sequential:
 
 
 @pytest.fixture(scope="module")
-def bert_float():
+def bert_float(bert_config):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=150,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model = transformers.BertModel(bert_config, add_pooling_layer=False).eval()
     for name, parameter in model.named_parameters():  # a fresh model's biases and layer norms are zeros and ones
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.1)

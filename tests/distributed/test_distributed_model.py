@@ -13,7 +13,7 @@ import pytest
 import torch
 from lepton_ai import LeptonDistributedModel, LeptonModel, ResourceManager
 from lepton_ai.compression import Compression, Pruning, Quantization
-from lepton_ai.distributed import DataPartitioner, ModelParallel, SynchronousUpdate
+from lepton_ai.distributed import DataPartitioner, ModelParallel, SynchronousUpdate, checkpoint
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -89,6 +89,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
     resumed, second = trained(epochs=3, checkpoint=tmp_path, checkpoint_every=4)
     assert second.steps == 13
     assert equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_checkpoint_of_another_split_is_refused(tmp_path):
+    trained(steps=4, checkpoint=tmp_path, checkpoint_every=4)
+    model, part = mlp(), DataPartitioner(dataset(), batch_size=32)
+    state = checkpoint.State(
+        model, sgd(model.parameters()), part, SynchronousUpdate(), 0, checkpoint.Layout(1, 1, 2, "0.1")
+    )
+    with pytest.raises(ValueError, match="is of 1 pipeline and 1 tensor ranks; allowed: 1 and 2, as this job has"):
+        checkpoint.resume(tmp_path, state)
+    assert state.step == part.position == 0
 
 
 def test_bad_arguments(tmp_path):
@@ -182,6 +193,22 @@ def test_two_workers_train_as_one(tmp_path):
         apart = sum((w - weights(alone.model)[name]).square().sum() for name, w in weights(model.model).items()) ** 0.5
         assert apart < bound * moved, compression
         torch.testing.assert_close(both.losses, report.losses, rtol=bound, atol=0)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(tmp_path):
+    settings = {"epochs": 3, "checkpoint": tmp_path, "checkpoint_every": 5}
+    model = LeptonDistributedModel(
+        mlp(), DataPartitioner(dataset(), batch_size=16), SynchronousUpdate("int8", automatic=False)
+    )
+    model.configure(ResourceManager(2, 2)).train(nn.functional.cross_entropy, sgd, steps=10, **settings)
+    first = weights(model.model)
+    alone, report = trained(**settings)  # steps of 32 samples, too
+    assert (report.steps, report.workers, report.samples) == (11, 1, 600 - 200 - 3 * 32)
+    whole, _ = trained(epochs=3)
+    apart = sum((w - weights(whole.model)[n]).square().sum() for n, w in weights(alone.model).items()) ** 0.5
+    moved = sum((w - first[n]).square().sum() for n, w in weights(alone.model).items()) ** 0.5
+    assert apart < 0.05 * moved
 
 
 @pytest.mark.slow

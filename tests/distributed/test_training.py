@@ -431,14 +431,10 @@ def test_a_compressed_model_learns(make, scheme, tmp_path, rng):
 
 
 @pytest.fixture(scope="module")
-def bert():
+def bert(bert_config):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=150,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config).eval()
+    return transformers.BertForSequenceClassification(bert_config).eval()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])

@@ -110,15 +110,10 @@ def test_padding_counts_for_nothing(bits, rng):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_levels(isa, run_python):
-    """Every level that this machine has; the others fall back to one that it has."""
-    run_python(
-        f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import torch
-from test_blockwise import BITS, SIZES, check_means, check_quantize, extremes, make
-rng = torch.Generator().manual_seed(7)
+def test_levels(isa, run_at_level):
+    run_at_level(
+        isa,
+        """
 for bits in BITS:
     for n in SIZES:
         check_quantize(make(n, rng), bits, make(n, rng))
@@ -127,7 +122,6 @@ for bits in BITS:
     x = extremes(bits, rng)
     check_means(torch.stack([check_quantize(x, bits, None), check_quantize(x.flip(0), bits, None)]), x.numel(), bits)
 """,
-        LEPTON_MAX_ISA=isa,
     )
 
 

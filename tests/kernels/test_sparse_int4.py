@@ -81,21 +81,15 @@ def test_products(size, threads, rng):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_levels(isa, run_python):
-    """Every level that this machine has; the others fall back to one that it has."""
-    run_python(
-        f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import torch
-from test_sparse_int4 import SIZES, check
-rng = torch.Generator().manual_seed(7)
+def test_levels(isa, run_at_level):
+    run_at_level(
+        isa,
+        """
 for size in SIZES:
     for m in (1, 65):  # so many are bf16 where tile registers multiply
         check(m, *size, False, 0.8, "unstructured", torch.float32, "none", rng)
         check(m, *size, True, 0.5, "16x1", torch.bfloat16, "relu", rng)
 """,
-        LEPTON_MAX_ISA=isa,
     )
 
 

@@ -77,21 +77,15 @@ def test_many_rows_are_cut(threads, rng):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_levels(isa, run_python):
-    """Every level that this machine has; the others fall back to one that it has."""
-    run_python(
-        f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import torch
-from test_sparse_rows import SIZES, check
-rng = torch.Generator().manual_seed(7)
+def test_levels(isa, run_at_level):
+    run_at_level(
+        isa,
+        """
 for size in SIZES:
     for m in (1, 16, 31, 65):
         check(m, *size, 0.8, torch.float32, "none", rng)
         check(m, *size, 0.5, torch.bfloat16, "gelu", rng, True)
 """,
-        LEPTON_MAX_ISA=isa,
     )
 
 

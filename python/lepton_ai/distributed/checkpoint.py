@@ -129,38 +129,39 @@ def save(folder: Path, state: State) -> None:
     _barrier()
 
 
-def resume(folder: Path, state: State) -> bool:
-    """Brings `state` to the newest checkpoint of the folder, in place. False where there is none.
+def resume(folder: Path, state: State) -> None:
+    """Brings `state` to the newest checkpoint of the folder, in place, if there is one.
 
     Raises ValueError where it was taken with other numbers of tensor or pipeline ranks.
     """
     found = checkpoints_of(folder)
     _barrier()  # nobody writes or drops one while others look
     if not found:
-        return False
-    reader = dcp.FileSystemReader(found[-1])
-    stored = {name.split(".")[0] for name in reader.read_metadata().state_dict_metadata}
-    contents: dict[str, Any] = {"progress": b"", f"shard-{state.layout.shard}": state.shard()}
-    if f"own-{_rank()}" in stored:
-        contents[f"own-{_rank()}"] = state.own()
-    with _alone_is_fine():
-        dcp.load(contents, storage_reader=reader)
-    progress = pickle.loads(contents["progress"])
+        return
+    progress = pickle.loads(_load(found[-1], {"progress": b""})["progress"])
     data, *shards = progress["layout"]
     if tuple(shards) != state.layout[1:3]:
         raise ValueError(
             f"train: the checkpoint {found[-1]} is of {shards[0]} pipeline and {shards[1]} tensor ranks; allowed: "
             f"{state.layout.pipeline} and {state.layout.tensor}, as this job has"
         )
-    shard = contents[f"shard-{state.layout.shard}"]
+    shard_name, own_name = f"shard-{state.layout.shard}", f"own-{_rank()}"
+    same_ranks = data == state.layout.data
+    contents = _load(found[-1], {shard_name: state.shard(), **({own_name: state.own()} if same_ranks else {})})
+    shard = contents[shard_name]
     set_state_dict(
         state.model, state.optimizer, model_state_dict=shard["model"], optim_state_dict=shard["optimizer"],
         options=_OPTIONS,
     )  # fmt: skip
     state.step, state.losses = progress["step"], progress["losses"]
     state.partitioner.load_state_dict(progress["data"])
-    if data == state.layout.data:
-        own = contents[f"own-{_rank()}"]
-        _set_random_states(own["random"])
-        state.update.load_state_dict(own["update"])
-    return True
+    if same_ranks:
+        _set_random_states(contents[own_name]["random"])
+        state.update.load_state_dict(contents[own_name]["update"])
+
+
+def _load(checkpoint: Path, contents: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds under the names of `contents`, in their place."""
+    with _alone_is_fine():
+        dcp.load(contents, checkpoint_id=checkpoint)
+    return contents

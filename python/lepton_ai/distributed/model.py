@@ -2,13 +2,14 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lepton_ai.distributed import exchange
 from lepton_ai.distributed.data_partitioner import DataPartitioner
@@ -19,6 +20,7 @@ from lepton_ai.distributed.train_loop import (
     Loss,
     MakeOptimizer,
     TrainJob,
+    TrainOutcome,
     TrainReport,
     join_group,
     run_job,
@@ -64,7 +66,7 @@ class LeptonDistributedModel:
         self.parallel = ModelParallel() if parallel is None else parallel
         self._manager: ResourceManager | None = None
         self._worker_memory = 0  # bytes, as the last training's largest worker reported
-        self._split: nn.Module | None = None  # this rank's part, for inference
+        self._ready: tuple[DeviceMesh, Callable[..., Any]] | None = None  # this rank's part, for inference
 
     @property
     def model(self) -> nn.Module | CompressedModel:
@@ -114,7 +116,7 @@ class LeptonDistributedModel:
         whole.load_state_dict(outcome.state)
         whole.train(self._module.training)
         self.partitioner.load_state_dict(outcome.data)
-        self._worker_memory, self._split = outcome.report.peak_memory, None
+        self._worker_memory, self._ready = outcome.report.peak_memory, None
         if compressed is None:
             self._module = whole
         else:
@@ -122,7 +124,7 @@ class LeptonDistributedModel:
             self._module = self._compressed.model
         return outcome.report
 
-    def _run(self, job: TrainJob) -> Any:
+    def _run(self, job: TrainJob) -> TrainOutcome:
         if under_launcher() or self._manager is None:
             return run_job(job)
         size = sum(p.numel() * 4 for p in job.model.parameters())
@@ -135,7 +137,8 @@ class LeptonDistributedModel:
 
         A launcher's ranks all call it with the same batch: it is dealt over the data ranks, each of which runs its part
         through its slices or stages of the model, and every rank gets the whole output (a tensor [batch, ...], or a
-        tuple, list or mapping of such).
+        tuple, list or mapping of such). Where the script has initialized torch.distributed, groups and slices are made
+        by the first call and kept until train; else by each.
         """
         joined = join_group(self.update.timeout)
         try:
@@ -145,28 +148,30 @@ class LeptonDistributedModel:
         finally:
             if joined:
                 dist.destroy_process_group()
-                self._split = None
+                self._ready = None
 
     def _inference_of_rank(self, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Any:
-        mesh = self.parallel.mesh()
-        if self._split is None:
-            self._split = self.parallel.split_(copy.deepcopy(self._module), mesh)
         tensors = [*inputs, *named.values()]
-        if not tensors:
-            raise ValueError("inference: no tensors; allowed: one or more, [batch, ...]")
+        staged = self.parallel.pipeline > 1
+        if not tensors or (staged and len(tensors) > 1):
+            allowed = "one, as stages pass on one" if staged else "one or more"
+            raise ValueError(f"inference: {len(tensors)} tensors; allowed: {allowed}, [batch, ...]")
+        mesh, part_of_model = self._ready = self._ready or self._make_ready()
         size = len(tensors[0])
         ranges = shares(size, mesh["data"].size())
         begin, end = ranges[mesh["data"].get_local_rank()]
         if begin == end:  # more ranks than samples: one takes part that does not count
             begin, end = 0, min(1, size)
-        part, named_part = [x[begin:end] for x in inputs], {name: x[begin:end] for name, x in named.items()}
-        if self.parallel.pipeline > 1:
-            if len(tensors) > 1:
-                raise ValueError(f"inference: {len(tensors)} tensors; allowed: one, as stages pass on one")
-            output = self.parallel.pipelined(self._split.eval(), mesh).inference(*part, *named_part.values())
-        else:
-            output = _evaluated(self._split, part, named_part)
+        output = part_of_model(*(x[begin:end] for x in inputs), **{name: x[begin:end] for name, x in named.items()})
         return _joined(output, ranges, mesh.get_group("data"))
+
+    def _make_ready(self) -> tuple[DeviceMesh, Callable[..., Any]]:
+        mesh = self.parallel.mesh()
+        split = self.parallel.split_(copy.deepcopy(self._module).eval(), mesh)
+        if self.parallel.pipeline == 1:
+            return mesh, split
+        stage = self.parallel.pipelined(split, mesh)
+        return mesh, lambda *inputs, **named: stage.inference(*inputs, *named.values())
 
 
 def _evaluated(model: nn.Module, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> Any:

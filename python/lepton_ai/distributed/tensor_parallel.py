@@ -223,7 +223,7 @@ def why_not_row(layer: nn.Module) -> str | None:
     if isinstance(layer, (MaskedLinear, TrainLinear)):
         return "its training form is split by outputs alone; allowed: 'column', 'column-split'"
     if isinstance(layer, SparseLinear) and layer.scheme is not None:
-        return "its sparse int8 product has no partial sums; allowed: float SparseLinear"
+        return "its sparse quantized product has no partial sums; allowed: float SparseLinear"
     if not isinstance(layer, QuantLinear):
         return None
     if layer.scheme.name != "w8a8":

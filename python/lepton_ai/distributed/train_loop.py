@@ -186,6 +186,7 @@ class _Trainer:
         optimizer = job.optimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.state = checkpoint.State(model, optimizer, self.partitioner, job.update, self.rank, self._layout())
         self.report = TrainReport(workers=world)
+        self.own_loss = 0.0  # sum over samples, not yet in state.losses
 
     def run(self) -> TrainOutcome:
         job, state = self.job, self.state
@@ -198,14 +199,16 @@ class _Trainer:
             before = self.partitioner.position
             for batch in self.partitioner:
                 samples, before = self.partitioner.position - before, self.partitioner.position
-                state.losses[epoch][0] += self._step(batch) * samples
+                self.own_loss += self._step(batch) * samples
                 state.losses[epoch][1] += samples
                 self.report.samples += samples
                 state.step += 1
                 if job.checkpoint is not None and state.step % job.checkpoint_every == 0:
+                    self._share_loss(epoch)
                     checkpoint.save(job.checkpoint, state)
                 if self._is_done():
                     break
+            self._share_loss(epoch)
         return self._outcome(state.step - first, time.perf_counter() - start)
 
     def _outcome(self, steps: int, seconds: float) -> TrainOutcome:
@@ -227,22 +230,28 @@ class _Trainer:
     def _is_done(self) -> bool:
         return self.job.steps is not None and self.state.step >= self.job.steps
 
+    def _share_loss(self, epoch: int) -> None:
+        """Adds all data ranks' losses since the last call to the epoch's."""
+        total = torch.tensor(self.own_loss, dtype=torch.float64)
+        if self.ranks > 1:
+            dist.all_reduce(total, group=self._data_group())
+        self.state.losses[epoch][0] += float(total)
+        self.own_loss = 0.0
+
     def _step(self, batch: Any) -> float:
-        """One step; returns the loss, a mean over the samples of all data ranks."""
+        """One step; returns this rank's part of the mean loss over the samples of all data ranks."""
         if self.pipeline is None:
             output, target = apply_batch(self.module, batch)
             loss = self.job.loss_fn(output, target) * self.partitioner.weight
             loss.backward()
-            mean = loss.detach().double() / self.ranks
+            mean = float(loss.detach()) / self.ranks
         else:
             mean = self._pipeline_step(self.pipeline, batch)
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
-        if self.ranks > 1:
-            dist.all_reduce(mean, group=self._data_group())
-        return float(mean)
+        return mean
 
-    def _pipeline_step(self, pipeline: Pipeline, batch: Any) -> Tensor:
+    def _pipeline_step(self, pipeline: Pipeline, batch: Any) -> float:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise ValueError("train: a pipeline's batch is not a pair; allowed: (input, target)")
         weight = self.partitioner.weight / self.ranks
@@ -252,7 +261,7 @@ class _Trainer:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad, group=self._data_group())
-        return torch.tensor(loss, dtype=torch.float64)
+        return loss
 
     def _pipeline(self, model: nn.Module) -> Pipeline:
         assert self.mesh is not None
