@@ -69,7 +69,7 @@ def test_arguments_are_checked():
         ({"*": "column", "0": "row"}, "plan has 0 as 'column' and 'row'"),
         ({"3": "row"}, r"3 \(QuantLinear\) is 'row': its scheme is w4a16"),
         ({"4": "row"}, "its activation is 'gelu'"),
-        ({"5": "row"}, "sparse int8 product has no partial sums"),
+        ({"5": "row"}, "sparse quantized product has no partial sums"),
         ({"6": "column"}, "it has 1 outputs; allowed: at least 2"),
         ({"8": "column"}, "its weight is tied to another layer's"),
     ],
