@@ -66,7 +66,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
                          **_sparse(module.product)}  # fmt: skip
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
-            out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype}
+            out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype,
+                         "weight_bits": module.weight_bits}  # fmt: skip
     return out
 
 
@@ -128,7 +129,8 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         if not isinstance(old, (nn.Embedding, QuantEmbedding)):
             raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
         dtype = _DTYPES[spec["dtype"]]
-        return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, device="meta")
+        bits = spec.get("weight_bits", 8)
+        return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, "meta", bits)
     dtype = _DTYPES[spec["dtype"]] if spec.get("dtype") else torch.float32
     scheme = QuantScheme(**spec["scheme"]) if isinstance(spec["scheme"], dict) else spec["scheme"]
     if spec["kind"] == "SparseConv2d":

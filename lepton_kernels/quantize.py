@@ -80,7 +80,8 @@ def _relative_error(module: nn.Module, replacement: nn.Module) -> float:
 def _quantized(module: Any, scheme: QuantScheme) -> tuple[nn.Module, str, str]:
     """(the replacement, the name of its scheme, the kernel that serves it)."""
     if isinstance(module, nn.Embedding):
-        return QuantEmbedding.from_embedding(module), "int8", "torch"
+        bits = scheme.weight_bits if scheme.stored_bits == 8 else 8
+        return QuantEmbedding.from_embedding(module, bits), f"int{bits}", "torch"
     if isinstance(module, nn.Linear):
         kernel = kernel_name(scheme.name, module.weight.device.type)
         return QuantLinear.from_linear(module, scheme), scheme.name, kernel
@@ -132,8 +133,9 @@ def quantize_(
     exclude: Sequence[Selector] = (),
     strict: bool = False,
 ) -> QuantizeReport:
-    """Quantizes every nn.Linear of `model` in place. Where `include` picks them also nn.Embedding, to int8 rows, and
-    nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell and nn.RNNCell, by w8a8 alone.
+    """Quantizes every nn.Linear of `model` in place. Where `include` picks them also nn.Embedding, to int8 rows
+    (of 5, 6 or 7 bits where the scheme's weights are), and nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell and nn.RNNCell, by
+    w8a8 alone.
 
     include, exclude: names, globs over names, types or callables (name, module) -> bool. `include` narrows the layers
     to those it picks. Returns a row a layer. Raises ValueError when a selector matches nothing, when nothing changed,

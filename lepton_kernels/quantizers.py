@@ -1,4 +1,4 @@
-"""Weights to integers: round to nearest, on a grid per channel (8 bit) or per group (4 bit). Runs once a layer."""
+"""Weights to integers: round to nearest, on a grid per channel (5 to 8 bit) or per group (4 bit). Runs once a layer."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor
     if not torch.isfinite(weight).all():
         raise ValueError("quantize_weight: the weight holds NaN or infinity; allowed: finite values")
     weight = weight.to(torch.float32)
-    if scheme.weight_bits == 8:
-        return (*_quantize_int8(weight), None)
+    if scheme.stored_bits == 8:
+        return (*_quantize_int8(weight, scheme.limit), None)
     return _quantize_int4(weight, scheme)
 
 
@@ -25,9 +25,9 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    return torch.round(weight / _safe(scale)).clamp(-127, 127).to(torch.int8), scale
+def _quantize_int8(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / limit
+    return torch.round(weight / _safe(scale)).clamp(-limit, limit).to(torch.int8), scale
 
 
 def _quantize_int4(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -28,9 +28,12 @@ def float_bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, bits:
     return magnitude * (weight.shape[1] * 2.0**-23 + torch.finfo(dtype).eps + bf16) + rounding
 
 
-def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator):
+NARROW = 31  # kNarrow in csrc/cpu/packed_weight.h: up to this magnitude level avx2 has a kernel of its own
+
+
+def make_int8(m: int, n: int, k: int, dtype: torch.dtype, rng: torch.Generator, largest: int = 127):
     x = torch.randn(m, k, generator=rng).to(dtype)
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
+    weight = torch.randint(-largest, largest + 1, (n, k), dtype=torch.int8, generator=rng)
     scale = torch.rand(n, 1, generator=rng) * 0.01 + 1e-3
     return x, weight, scale, torch.randn(n, generator=rng)
 

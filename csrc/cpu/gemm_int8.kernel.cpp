@@ -15,29 +15,52 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+// Any int8 weights.
+struct Int8Product {
+  static constexpr int kRows = kInt8Rows, kQuads = kStepQuads, kActivations = kTogether * kStepQuads * kQuadBytes;
+  template <int rows>
+  LEPTON_INLINE static void add(I32x16 (&acc)[rows], const uint8_t* a, int64_t stride, const int8_t* w) {
+    dot_s8<rows>(acc, a, stride, w);
+  }
+};
+
+#if defined(LEPTON_ISA_AVX2)
+// Narrow weights, two quads at a time; activations are bytes.
+struct NarrowProduct {
+  static constexpr int kRows = kNarrowRows, kQuads = 2, kActivations = kQuads * kQuad;
+  template <int rows>
+  LEPTON_INLINE static void add(I32x16 (&acc)[rows], const uint8_t* a, int64_t stride, const int8_t* w) {
+    dot_narrow<rows>(acc, a, stride, w);
+  }
+};
+#endif
+
+template <typename Product>
 struct GemmInt8 {
-  static constexpr int kRows = kInt8Rows, kPanels = kInt8Panels;
+  static constexpr int kRows = Product::kRows, kPanels = kInt8Panels;
   template <int planes, int rows, int panels>
   static void multiply(const GemmTile& tile, int row, int panel0);
   template <int planes, int panels>
   static void multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end);
 };
 
+template <typename Product>
 template <int planes, int rows, int panels>
-LEPTON_INLINE void GemmInt8::multiply(const GemmTile& tile, int row, int panel0) {
+LEPTON_INLINE void GemmInt8<Product>::multiply(const GemmTile& tile, int row, int panel0) {
   const int64_t panel_bytes = tile.weight.panel_bytes(), stride = tile.q.stride;
   const int8_t* w = reinterpret_cast<const int8_t*>(tile.weight.panel(panel0));
   const uint8_t* a = tile.q.q + row * stride;
-  const int steps = divide_up(tile.weight.k, kStepQuads * kQuad);  // past the last quad activations are 0
+  constexpr int kStepBytes = Product::kQuads * kPanel * kQuad;
+  const int steps = divide_up(tile.weight.k, Product::kQuads * kQuad);  // past the last quad activations are 0
 
   I32x16 acc[panels][rows];
   unroll<panels * rows>([&]<int i>() LEPTON_LAMBDA_INLINE { acc[i / rows][i % rows] = broadcast_i32(0); });
   const auto add_steps = [&](int count, int64_t ahead) LEPTON_LAMBDA_INLINE {
-    for (int s = 0; s < count; ++s, a += kTogether * kStepQuads * kQuadBytes, w += kStepBytes) {
+    for (int s = 0; s < count; ++s, a += Product::kActivations, w += kStepBytes) {
       unroll<panels>([&]<int p>() LEPTON_LAMBDA_INLINE {
         __builtin_prefetch(w + p * panel_bytes + ahead);
         if constexpr (kStepBytes > 64) __builtin_prefetch(w + p * panel_bytes + ahead + 64);
-        dot_s8<rows>(acc[p], a, stride, w + p * panel_bytes);
+        Product::template add<rows>(acc[p], a, stride, w + p * panel_bytes);
       });
     }
   };
@@ -81,14 +104,20 @@ struct Int8Weights {
   }
 };
 
+template <typename Product>
 template <int planes, int panels>
-LEPTON_INLINE void GemmInt8::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
+LEPTON_INLINE void GemmInt8<Product>::multiply_tiles(const GemmTile& tile, int panel_begin, int panel_end) {
   multiply_blocks<planes, panels>(tile, Int8Weights{tile.weight}, panel_begin, panel_end);
 }
 #endif
 
 }  // namespace
 
-void gemm_int8_tile(const GemmTile& tile) { multiply_tile<GemmInt8>(tile); }
+void gemm_int8_tile(const GemmTile& tile) {
+#if defined(LEPTON_ISA_AVX2)
+  if (tile.q.layout == RowLayout::bytes) return multiply_vectors<GemmInt8<NarrowProduct>, 1>(tile);
+#endif
+  multiply_tile<GemmInt8<Int8Product>>(tile);
+}
 
 }  // namespace lepton::LEPTON_ISA

@@ -31,6 +31,9 @@ void write_large_output(const GemmArgs& args, GemmTile& tile) {
       !tile.write_rows && y_bytes >= kStreamCaches * l2_bytes() && args.y_dtype == Dtype::f32 && line_offset == 0;
 }
 
+// Whether a level without fast products of bytes has them for these weights.
+bool multiplies_bytes(const PackedWeight& weight, Isa isa) { return multiplies_narrow(isa) && weight.narrow(); }
+
 GemmTile tile_of(const Activations& plan, const GemmArgs& args, int row0, int rows, int panel_begin, int panel_end) {
   GemmTile tile{};
   tile.weight = args.weight;
@@ -75,7 +78,7 @@ Activations plan_activations(const GemmArgs& args, int product_rows, Isa isa, Sc
   } else if (rows_together(isa) == 2) {
     rows.layout = RowLayout::pairs;
   } else {
-    rows.layout = args.weight.bits == 8 ? RowLayout::quads : RowLayout::bytes;
+    rows.layout = args.weight.bits == 4 || multiplies_bytes(args.weight, isa) ? RowLayout::bytes : RowLayout::quads;
   }
   const int quad = int16 || rows.layout == RowLayout::quads ? quad_bytes(isa) : kQuad;
   const int group = int16 && args.weight.bits == 4 ? int16_piece(args.weight) : args.weight.group;

@@ -1,5 +1,6 @@
 // pack.cpp - from the saved, device-neutral layout to packed_weight.h's tiles. Runs once a layer.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -31,17 +32,22 @@ void pack_int8(const int8_t* weight, const float* scale, int n, int k, uint8_t* 
   std::memset(packed, 0, size_t(layout.bytes));
   auto* scales = reinterpret_cast<float*>(packed + layout.scales);
   auto* sums = reinterpret_cast<int32_t*>(packed + layout.sums);
+  int most = 0;
   for (int column = 0; column < n; ++column) {
     const int8_t* row = weight + int64_t(column) * k;
     uint8_t* out = packed + column / kPanel * view.panel_bytes() + column % kPanel * kQuad;
     int32_t sum = 0;
-    for (int i = 0; i < k; ++i) sum += row[i];
+    for (int i = 0; i < k; ++i) {
+      sum += row[i];
+      most = std::max(most, std::abs(row[i]));
+    }
     const int quads = k / kQuad;
     for (int q = 0; q < quads; ++q) std::memcpy(out + q * kPanel * kQuad, row + q * kQuad, kQuad);
     std::memcpy(out + quads * kPanel * kQuad, row + quads * kQuad, size_t(k % kQuad));
     scales[column] = scale[column];
     sums[column] = sum;
   }
+  std::memcpy(packed + layout.most, &most, sizeof(most));
 }
 
 namespace {

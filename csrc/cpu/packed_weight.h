@@ -7,6 +7,7 @@
 //   8 bit   data    int8  [panels][k4 / 4][16][4]      k4 = k rounded up to 4; zero-padded
 //           scale   f32   [panels][16]
 //           sum     i32   [panels][16]                 of the column's integers
+//           most    i32                                the largest magnitude of all integers
 //   8 bit in blocks: of each panel only the steps of k that hold a weight other than 0; a step is one quad, or two
 //   where the level multiplies two at a time (rows_together in quantize_rows.h)
 //           data    int8  [steps][16][4] or [steps][2][16][4]
@@ -29,6 +30,9 @@ constexpr int kQuad = 4;          // consecutive k in one int32 lane
 constexpr int kNibbleVector = 8;  // k in 64 bytes of nibbles
 constexpr int kNibbleBlock = 16;  // consecutive k in two 64-byte vectors of nibbles; group sizes are multiples of it
 
+// Weights of at most this magnitude are narrow: two uint8 products of two pairs each, 4 * 255 * 31, fit int16.
+constexpr int kNarrow = 31;
+
 // 255 * 128 * k must stay below 2^31.
 constexpr int kMaxK = 65536;
 
@@ -46,10 +50,12 @@ struct PackedWeight {
   const float* scales;
   const uint8_t* zeros;                 // null where absent
   const void* sums;                     // int32_t or float
+  const int32_t* most = nullptr;        // 8 bit, not in blocks; else null
   const int64_t* step_begin = nullptr;  // in blocks; else null
   const uint16_t* step_place = nullptr;
 
   int panels() const { return divide_up(n, kPanel); }
+  bool narrow() const { return most != nullptr && *most <= kNarrow; }
   int groups() const { return bits == 8 ? 1 : divide_up(k, group); }
   // Steps of 64 k in tile registers, each of one group: a step that groups share counts once for each.
   int group_steps() const {
@@ -85,7 +91,7 @@ struct PackedWeight {
 
 // Where the parts of a whole packed weight lie, in bytes from its beginning.
 struct PackedLayout {
-  int64_t scales, zeros, sums;
+  int64_t scales, zeros, sums, most;
   int64_t bytes;  // what to allocate: with the bytes behind the last panel that a step of 64 k may read
 
   explicit PackedLayout(const PackedWeight& shape) {
@@ -94,7 +100,8 @@ struct PackedLayout {
     scales = shape.panels() * shape.panel_bytes();
     zeros = scales + values * 4;
     sums = zeros + (has_zeros ? values : 0);
-    bytes = sums + int64_t(shape.panels()) * kPanel * 4 + 64 * kPanel * shape.bits / 8;
+    most = sums + int64_t(shape.panels()) * kPanel * 4;
+    bytes = most + 4 + 64 * kPanel * shape.bits / 8;
   }
 };
 
@@ -129,6 +136,7 @@ inline PackedWeight packed_weight(const uint8_t* packed, int n, int k, int bits,
   weight.scales = reinterpret_cast<const float*>(packed + layout.scales);
   if (bits == 4 && !symmetric) weight.zeros = packed + layout.zeros;
   weight.sums = packed + layout.sums;
+  if (bits == 8) weight.most = reinterpret_cast<const int32_t*>(packed + layout.most);
   return weight;
 }
 

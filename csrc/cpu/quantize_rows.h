@@ -46,6 +46,9 @@ constexpr int rows_together(Isa isa) { return isa == Isa::neoni8mm ? 2 : 1; }
 // Levels where w8a16 and w4a16 split 16-bit integers into two products of bytes; the others multiply int16.
 constexpr bool splits_activations(Isa isa) { return isa >= Isa::avxvnni; }
 
+// Levels that multiply narrow weights (packed_weight.h) by bytes, which for all int8 would saturate.
+constexpr bool multiplies_narrow(Isa isa) { return isa == Isa::avx2; }
+
 // Whether w4a16 multiplies bf16 weights that hold their scales, in tile registers, and not groups of two planes.
 // Unpacking such weights takes as long as 16 rows of products; with 48 rows some shapes were still slower.
 constexpr int kBf16LeastRows = 64;

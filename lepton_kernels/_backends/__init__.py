@@ -5,7 +5,7 @@ from lepton_kernels._runtime import C
 
 def kernel_name(scheme: str, device: str) -> str:
     """What serves a scheme on a type of device ("cpu", "cuda"), as lk.backends() and the reports show it."""
-    kernel = "gemm_int8" if scheme.startswith("w8") else "gemm_int4"
+    kernel = "gemm_int4" if scheme.startswith("w4") else "gemm_int8"
     if device == "cuda":
         if not C.cuda_most_rows() or scheme == "w4a8":
             return f"{kernel}[triton]"

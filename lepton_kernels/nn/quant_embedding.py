@@ -12,7 +12,7 @@ from lepton_kernels.scheme import QuantScheme
 
 
 class QuantEmbedding(nn.Module):
-    """A drop-in for nn.Embedding without max_norm; the output has dtype `dtype`."""
+    """A drop-in for nn.Embedding without max_norm; the output has dtype `dtype`. weight_bits: 5 to 8, QuantScheme's."""
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -24,22 +24,23 @@ class QuantEmbedding(nn.Module):
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        weight_bits: int = 8,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.dtype = padding_idx, dtype
+        self.padding_idx, self.dtype, self.weight_bits = padding_idx, dtype, weight_bits
         packed = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", torch.zeros(num_embeddings, 1, device=device))
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> "QuantEmbedding":
+    def from_embedding(cls, embedding: nn.Embedding, weight_bits: int = 8) -> "QuantEmbedding":
         """The quantized copy of an Embedding. Raises ValueError when it renormalizes its rows (max_norm)."""
         if embedding.max_norm is not None:
             raise ValueError(f"QuantEmbedding: max_norm is {embedding.max_norm}; allowed: None")
         weight = embedding.weight.detach()
-        layer = cls(weight.shape[0], weight.shape[1], embedding.padding_idx, weight.dtype, weight.device)
-        layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(8))
+        layer = cls(weight.shape[0], weight.shape[1], embedding.padding_idx, weight.dtype, weight.device, weight_bits)
+        layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(weight_bits))
         return layer.train(embedding.training)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class QuantEmbedding(nn.Module):
         return (self.weight_packed.to(torch.float32) * self.weight_scale).to(self.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+        return f"{self.num_embeddings}, {self.embedding_dim}, int{self.weight_bits}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantEmbedding":
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device))

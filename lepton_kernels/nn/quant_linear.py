@@ -119,7 +119,7 @@ class SharedInput:
         scale = torch.cat([layer.weight_scale for layer in self._layers])
         bias = joined(layer.bias for layer in self._layers)
         first = self._layers[0]
-        if first.scheme.weight_bits == 8:
+        if first.scheme.stored_bits == 8:
             packed = cpu.make_int8(weight, scale)
         else:
             zero = joined(layer.weight_zero_point for layer in self._layers)
@@ -161,7 +161,7 @@ class QuantLinear(nn.Module):
         self.activation = activation
         self.activation_is_fused = False  # it was a module of its own, and is one in a saved model (fuse_)
         groups = self.scheme.groups(in_features)
-        eight = self.scheme.weight_bits == 8
+        eight = self.scheme.stored_bits == 8
         packed_shape = (out_features, in_features if eight else -(-in_features // 8))
         self.register_buffer(
             "weight_packed", torch.zeros(packed_shape, dtype=torch.int8 if eight else torch.int32, device=device)
@@ -204,7 +204,7 @@ class QuantLinear(nn.Module):
         return self._forward_op(x, self.scheme.activation == "int8")
 
     def _forward_op(self, x: Tensor, quantize_activations: bool) -> Tensor:
-        if self.scheme.weight_bits == 8:
+        if self.scheme.stored_bits == 8:
             return _ops.gemm_int8(
                 x, self.weight_packed, self.weight_scale, self.bias, quantize_activations, self.activation
             )
@@ -235,7 +235,7 @@ class QuantLinear(nn.Module):
         if known is not None and known[0] is weight and known[1] == version(weight):
             return known[2]
         self.check_device()
-        if self.scheme.weight_bits == 8:
+        if self.scheme.stored_bits == 8:
             packed = cpu.pack_int8(self.weight_packed, self.weight_scale)
         else:
             packed = cpu.pack_int4(
@@ -247,7 +247,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, f32 [out_features, in_features], made anew at every access."""
-        if self.scheme.weight_bits == 8:
+        if self.scheme.stored_bits == 8:
             return reference.dequantize_int8(self.weight_packed, self.weight_scale)
         return reference.dequantize_int4(
             self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.scheme.group_size

@@ -37,7 +37,7 @@ def _stored_values(nonzeros: int, scheme: QuantScheme | None, dtype: torch.dtype
     """The length and dtype of weight_compressed."""
     if scheme is None:
         return nonzeros, dtype
-    return (nonzeros, torch.int8) if scheme.weight_bits == 8 else (-(-nonzeros // 2), torch.uint8)
+    return (nonzeros, torch.int8) if scheme.stored_bits == 8 else (-(-nonzeros // 2), torch.uint8)
 
 
 class SparseLinear(nn.Module):
@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
         length, stored = _stored_values(nonzeros, scheme, dtype)
         scale = zero = None
         if scheme is not None:
-            shape, eight = (out_features, scheme.groups(in_features)), scheme.weight_bits == 8
+            shape, eight = (out_features, scheme.groups(in_features)), scheme.stored_bits == 8
             scale = torch.zeros(shape, dtype=torch.float32 if eight else torch.bfloat16, device=device)
             zero = None if scheme.symmetric else torch.zeros(shape, dtype=torch.int8, device=device)
         self.register_buffer("weight_compressed", torch.zeros(length, dtype=stored, device=device))

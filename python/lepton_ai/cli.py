@@ -86,7 +86,9 @@ def doctor(as_json: Json = False) -> None:
 def compress(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, 'package.module:name' or 'file.py:name'.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    scheme: Annotated[str, typer.Option(help="w8a8, w8a16, w4a8, w4a16 or none.")] = "w8a8",
+    scheme: Annotated[
+        str, typer.Option(help="w8a8, w8a16, w4a8, w4a16, w5, w6 or w7 for w8 (coarser, smaller), or none.")
+    ] = "w8a8",
     codec: Annotated[str, typer.Option(help=f"The file's codec: {', '.join(CODECS)}.")] = "huffman",
     prune: Annotated[float, typer.Option(help="Share of the weights to set to zero first.")] = 0.0,
     pattern: Annotated[

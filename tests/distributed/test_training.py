@@ -31,6 +31,7 @@ N, K = 33, 70  # neither is a multiple of a group, a panel or a byte of mask
 SCHEMES = {
     "w8a8": QuantScheme.of("w8a8"),
     "w8a16": QuantScheme.of("w8a16"),
+    "w6a8": QuantScheme.of("w6a8"),
     "w4a8": QuantScheme.of("w4a8"),
     "w4a16": QuantScheme.of("w4a16"),
     "w4a8 groups": QuantScheme(4, 16, False),

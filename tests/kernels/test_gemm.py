@@ -14,14 +14,15 @@ from lepton_kernels._backends import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import INT16_ISAS, ISAS
-from operands import BF16_LEAST_ROWS, DTYPES, float_bound, make_int4, make_int8
+from operands import BF16_LEAST_ROWS, DTYPES, NARROW, float_bound, make_int4, make_int8
 from shapes import GEMM
 
 
+@pytest.mark.parametrize("largest", [127, NARROW])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), GEMM)
-def test_gemm_int8_w8a8_is_exact(m, n, k, dtype, rng):
-    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+def test_gemm_int8_w8a8_is_exact(m, n, k, dtype, largest, rng):
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng, largest)
     got = cpu.gemm_int8(x, weight, scale, bias, True)
     assert got.shape == (m, n)
     assert got.dtype == dtype
@@ -55,11 +56,11 @@ def test_gemm_int4_w4a8_is_exact_and_w4a16_close(m, n, k, symmetric, group_size,
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 70), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(1, 3),
-    st.sampled_from([1e-4, 1.0, 6e4]), st.integers(0, 2**31),
+    st.sampled_from([1e-4, 1.0, 6e4]), st.sampled_from([127, NARROW, NARROW + 1]), st.integers(0, 2**31),
 )  # fmt: skip
-def test_gemm_int8_is_exact_over_drawn_shapes(m, n, k, dtype, threads, magnitude, seed):
+def test_gemm_int8_is_exact_over_drawn_shapes(m, n, k, dtype, threads, magnitude, largest, seed):
     rng = torch.Generator().manual_seed(seed)
-    x, weight, scale, bias = make_int8(m, n, k, dtype, rng)
+    x, weight, scale, bias = make_int8(m, n, k, dtype, rng, largest)
     x = (x.float() * magnitude).clamp(-6e4, 6e4).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -70,11 +71,12 @@ def test_gemm_int8_is_exact_over_drawn_shapes(m, n, k, dtype, threads, magnitude
     assert torch.equal(got, reference.gemm_int8(x, weight, scale, bias, True))
 
 
-def test_extremes_do_not_saturate():
+@pytest.mark.parametrize("largest", [127, NARROW, NARROW + 1])
+def test_extremes_do_not_saturate(largest):
     x = torch.full((3, 4096), 5.0)
     x[:, ::2] = 4.9
-    weight = torch.full((20, 4096), 127, dtype=torch.int8)
-    weight[::2] = -127
+    weight = torch.full((20, 4096), largest, dtype=torch.int8)
+    weight[::2] = -largest
     scale = torch.ones(20, 1)
     assert torch.equal(cpu.gemm_int8(x, weight, scale, None, True), reference.gemm_int8(x, weight, scale, None, True))
 
@@ -167,7 +169,8 @@ for threads in (1, 2):
             x = torch.randn(m, k, generator=rng.manual_seed(m)).to(dtype)
             w = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)
             s = torch.rand(n, 1, generator=rng)
-            digest.update(cpu.gemm_int8(x, w, s, s[:, 0], True).float().numpy().tobytes())
+            for w in (w, w // 5):  # the second is narrow
+                digest.update(cpu.gemm_int8(x, w, s, s[:, 0], True).float().numpy().tobytes())
             v = reference.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=rng))
             for group in (128, 320, k, 32):
                 s = torch.rand(n, -(-k // group), generator=rng).bfloat16()

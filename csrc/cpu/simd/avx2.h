@@ -174,6 +174,7 @@ constexpr int kInt8Rows = 6, kInt8Panels = 1;  // 12 sums + 2 weights + 1 activa
 constexpr int kInt4Rows = 4, kInt4Panels = 1;  // 8 sums + 4 weights + 2
 constexpr int kInt16Rows = 6;                  // as with int8
 constexpr int kSplitSums = 0;
+constexpr int kNarrowRows = 4;  // 8 sums + 4 weights + ones + 2
 
 LEPTON_INLINE void store_int16_quads(uint8_t* p, I32x16 v) {
   const __m128i even_odd = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -208,6 +209,21 @@ LEPTON_INLINE void dot_int16_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t l
 template <int rows>
 LEPTON_INLINE void dot_s8(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
   dot_int16_s8<rows>(acc, a, lda, w);
+}
+
+// Narrow weights, eight k: the products of two quads fit int16 together, and vpmaddubsw is exact.
+template <int rows>
+LEPTON_INLINE void dot_narrow(I32x16 (&acc)[rows], const uint8_t* a, int64_t lda, const int8_t* w) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i* const quads = reinterpret_cast<const __m256i*>(w);
+  unroll<rows>([&]<int r>() LEPTON_LAMBDA_INLINE {
+    const __m256i first = broadcast_quad(a + r * lda), second = broadcast_quad(a + r * lda + kQuad);
+    unroll<2>([&]<int h>() LEPTON_LAMBDA_INLINE {
+      const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_loadu_si256(quads + h)),
+                                           _mm256_maddubs_epi16(second, _mm256_loadu_si256(quads + 2 + h)));
+      add_products(acc[r].half[h], sum, ones);
+    });
+  });
 }
 
 // Two shifts and no mask, whose register the sums need.

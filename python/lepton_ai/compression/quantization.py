@@ -11,9 +11,10 @@ from lepton_kernels import QuantizeReport, QuantScheme, quantize_
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantizes every nn.Linear by `scheme` ("w8a8", "w8a16", "w4a8", "w4a16" or a QuantScheme).
+    """Quantizes every nn.Linear by `scheme` ("w8a8", "w8a16", "w4a8", "w4a16", "w6a8" or a QuantScheme).
 
-    embeddings: nn.Embedding tables become int8 rows as well (half of a small encoder's bytes). include, exclude: names,
+    embeddings: nn.Embedding tables become int8 rows as well (half of a small encoder's bytes), of 5, 6 or 7 bits where
+    the scheme's weights are. include, exclude: names,
     globs, types or callables; `include` narrows the layers, and then says itself whether embeddings are among them.
     fuse: what stands around the quantized layers becomes part of them where lepton_kernels.fuse_ knows it; the file
     stays the same.

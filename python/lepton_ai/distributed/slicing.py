@@ -140,7 +140,7 @@ def _quant_rows(module: QuantLinear, begin: int, end: int) -> QuantLinear:
 def _quant_columns(module: QuantLinear, begin: int, end: int) -> QuantLinear:
     k = module.in_features
     _check_range("columns_of", begin, end, k)
-    if module.scheme.weight_bits == 8:
+    if module.scheme.stored_bits == 8:
         weight = (module.weight_packed[:, begin:end], module.weight_scale, None)
         return _quant_linear(module, end - begin, "none", weight, None)
     size = k if module.scheme.group_size == -1 else module.scheme.group_size
@@ -162,7 +162,7 @@ def _quant_columns(module: QuantLinear, begin: int, end: int) -> QuantLinear:
 @join_columns.register
 def _quant_from_columns(module: QuantLinear, parts: Sequence[State]) -> State:
     state = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0] if name != "weight_shape"}
-    if module.scheme.weight_bits == 8:
+    if module.scheme.stored_bits == 8:
         state["weight_scale"] = parts[0]["weight_scale"]  # of whole rows: every slice has it
     return state | {"weight_shape": torch.tensor([module.out_features, module.in_features])}
 

@@ -226,7 +226,7 @@ def why_not_row(layer: nn.Module) -> str | None:
         return "its sparse quantized product has no partial sums; allowed: float SparseLinear"
     if not isinstance(layer, QuantLinear):
         return None
-    if layer.scheme.name != "w8a8":
+    if layer.scheme.stored_bits != 8 or layer.scheme.activation != "int8":
         return f"its scheme is {layer.scheme.name}, whose sums depend on their order; allowed: w8a8"
     if layer.activation not in ("none", "relu"):
         return f"its activation is {layer.activation!r}, which torch rounds otherwise; allowed: 'none', 'relu'"

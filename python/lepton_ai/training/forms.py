@@ -10,9 +10,9 @@ from lepton_ai.training.layers import TrainEmbedding, TrainLinear
 from lepton_ai.training.masked import MASKABLE, Masked, kept_of, mask_
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
 
-# The share of zeros from which a weight counts as pruned. A grid of 16 steps rounds a third of an unpruned weight with
-# outliers to zero, one of 255 steps about a hundredth.
-_PRUNED, _PRUNED_INT4 = 0.1, 0.4
+# The share of zeros from which a weight counts as pruned, by its bits. A grid of 16 steps rounds a third of an unpruned
+# weight with outliers to zero, one of 255 steps about a hundredth.
+_PRUNED = {8: 0.1, 7: 0.15, 6: 0.2, 5: 0.3, 4: 0.4}
 _RECURRENT = (lk.nn.QuantLSTM, lk.nn.QuantGRU, lk.nn.QuantLSTMCell, lk.nn.QuantGRUCell, lk.nn.QuantRNNCell)
 Plan = dict[nn.Module, Callable[[], nn.Module]]
 
@@ -45,7 +45,7 @@ def _way(name: str, module: nn.Module, mask_from: float | None) -> Callable[[], 
     """What makes the training form of a compressed layer; None for any other module."""
     if type(module) is QuantLinear:
         if mask_from is None:
-            mask_from = _PRUNED if module.scheme.weight_bits == 8 else _PRUNED_INT4
+            mask_from = _PRUNED[module.scheme.weight_bits]
         return partial(TrainLinear.from_quant, module, kept_of(module.weight, mask_from))
     if type(module) is SparseLinear:
         return partial(TrainLinear.from_sparse, module)
@@ -89,7 +89,7 @@ def train_form_(model: nn.Module, *, mask_from: float | None = None) -> nn.Modul
         raise ValueError(f"train_form_: mask_from is {mask_from!r}; allowed: 0 < mask_from <= 1, or None")
     ways = {module: _way(name, module, mask_from) for name, module in model.named_modules()}
     plan = {module: way for module, way in ways.items() if way is not None}
-    plan |= _masks(model, _PRUNED if mask_from is None else mask_from)
+    plan |= _masks(model, _PRUNED[8] if mask_from is None else mask_from)
     if not plan:
         raise ValueError(f"train_form_: nothing to train in {type(model).__name__}; allowed: a compressed model")
     return _replace(model, plan)

@@ -37,14 +37,14 @@ def requantize(
     magnitude by 7.5, and the grid ends at 7 or 8), and what training left alone has to come back to the bit.
     """
     n, k = weight.shape
-    eight = scheme.weight_bits == 8
+    eight = scheme.stored_bits == 8
     packed, scale, zero_point = quantize_weight(weight, scheme)
     values = packed if eight else reference.unpack_int4(packed, k)
     step = _spread(old_scale, k, scheme)
     old = torch.round(weight / torch.where(step == 0, 1.0, step))
     if old_zero_point is not None:
         old = old + _spread(old_zero_point, k, scheme)
-    old = old.clamp(-128, 127) if eight else old.clamp(-8, 7)
+    old = old.clamp(-scheme.limit - 1, scheme.limit)
     off = dequantized(old, old_scale, old_zero_point, scheme) != weight
     groups = scheme.groups(k)
     size = k if scheme.group_size == -1 else scheme.group_size

@@ -17,8 +17,6 @@ from lepton_kernels import QuantScheme, reference
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
 from lepton_kernels.nn.quant_linear import keeping_dtypes
 
-_INT8 = QuantScheme(8)
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -131,7 +129,7 @@ class TrainLinear(nn.Module):
             scheme = cast(QuantScheme, stored.scheme)
             layer = QuantLinear(k, n, has_bias, scheme, device, stored.activation)
             layer.activation_is_fused = stored.activation_is_fused
-            layer.weight_packed = values if scheme.weight_bits == 8 else reference.pack_int4(values)
+            layer.weight_packed = values if scheme.stored_bits == 8 else reference.pack_int4(values)
             layer.weight_scale, layer.weight_zero_point = cast(Tensor, scale), zero_point
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().to(stored.bias_dtype, copy=True), requires_grad=False)
@@ -159,7 +157,7 @@ class TrainEmbedding(nn.Module):
     def __init__(self, layer: QuantEmbedding) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
-        self.padding_idx, self.dtype = layer.padding_idx, layer.dtype
+        self.padding_idx, self.dtype, self.scheme = layer.padding_idx, layer.dtype, QuantScheme(layer.weight_bits)
         self.weight = nn.Parameter(reference.dequantize_int8(layer.weight_packed, layer.weight_scale))
         self.register_buffer("weight_scale", layer.weight_scale)
         self.train(layer.training)
@@ -168,17 +166,18 @@ class TrainEmbedding(nn.Module):
         # A row has its own scale: those that are asked for are rounded alone.
         rows = functional.embedding(index, self.weight, self.padding_idx).reshape(-1, self.embedding_dim)
         old_scale = functional.embedding(index, self.weight_scale).reshape(-1, 1)
-        values, scale, _ = requantize(rows.detach(), _INT8, old_scale, None)
-        rounded = straight_through(rows, dequantized(values, scale, None, _INT8))
+        values, scale, _ = requantize(rows.detach(), self.scheme, old_scale, None)
+        rounded = straight_through(rows, dequantized(values, scale, None, self.scheme))
         return rounded.view(*index.shape, self.embedding_dim).to(self.dtype)
 
     @torch.no_grad()
     def compressed(self) -> QuantEmbedding:
         """The compressed layer of these weights, on their device."""
         layer = QuantEmbedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype, self.weight.device
-        )
-        layer.weight_packed, layer.weight_scale, _ = requantize(self.weight, _INT8, self.weight_scale, None)
+            self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype, self.weight.device,
+            self.scheme.weight_bits,
+        )  # fmt: skip
+        layer.weight_packed, layer.weight_scale, _ = requantize(self.weight, self.scheme, self.weight_scale, None)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
