@@ -8,8 +8,9 @@ import torch
 import transformers
 from lepton_ai import LeptonModel
 from lepton_ai.compression import Compression, Quantization
+from lepton_ai.fidelity import fidelity, output_vectors
 from lepton_ai.measure import token_batch
-from minilm import FOLDER, embed, sentences
+from minilm import FOLDER, batches, sentences
 
 import lepton_kernels as lk
 
@@ -30,24 +31,24 @@ def models(fp32: LeptonModel, tmp_path_factory) -> Models:
 
 
 @pytest.fixture(scope="module")
-def fidelity(models: Models) -> dict[str, dict]:
+def close(models: Models) -> dict[str, dict]:
     """Cosines between the sentence embeddings of each model and those of the float model."""
     texts = sentences()[:40] if os.environ.get("LEPTON_BENCH_CASES") == "quick" else sentences()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    reference = embed(models["torch fp32"], tokenizer, texts)
-    cosines = {name: (embed(model, tokenizer, texts) * reference).sum(1) for name, model in models.items()}
+    inputs = batches(transformers.AutoTokenizer.from_pretrained(FOLDER), texts)
+    reference = output_vectors(models["torch fp32"], inputs)
+    found = {name: fidelity(reference, output_vectors(model, inputs)) for name, model in models.items()}
     return {
-        name: {"sentences": len(texts), "cosine_mean": float(values.mean()), "cosine_min": float(values.min())}
-        for name, values in cosines.items()
+        name: {"sentences": one.samples, "cosine_mean": one.cosine_mean, "cosine_min": one.cosine_min}
+        for name, one in found.items()
     }
 
 
 @pytest.mark.parametrize("batch", [1, 32])
-def test_latency(race, fp32: LeptonModel, models: Models, fidelity: dict[str, dict], batch: int) -> None:
+def test_latency(race, fp32: LeptonModel, models: Models, close: dict[str, dict], batch: int) -> None:
     inputs = token_batch(fp32.model, batch, 128)
     calls = {name: lambda model=model: model(**inputs) for name, model in models.items()}
     with torch.inference_mode():
-        race(f"pipeline batch {batch}", calls, fidelity, table="pipeline", row=f"batch {batch}")
+        race(f"pipeline batch {batch}", calls, close, table="pipeline", row=f"batch {batch}")
 
 
 def test_load(race, fp32: LeptonModel, tmp_path) -> None:

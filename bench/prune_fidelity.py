@@ -12,7 +12,8 @@ import transformers
 from lepton_ai import LeptonModel
 from lepton_ai.calibration import texts
 from lepton_ai.compression import Pruning
-from minilm import FOLDER, embed, sentences
+from lepton_ai.fidelity import fidelity, output_vectors
+from minilm import FOLDER, batches, sentences
 from tables import markdown
 
 CASES = [
@@ -27,15 +28,16 @@ CASES = [
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer, probe = LeptonModel(FOLDER), transformers.AutoTokenizer.from_pretrained(FOLDER), sentences()
-    reference, calibration = embed(model.model, tokenizer, probe), texts(tokenizer)
+    inputs, calibration = batches(tokenizer, probe), texts(tokenizer)
+    reference = output_vectors(model.model, inputs)
     rows = []
     for method, pattern, sparsity, sequential in CASES:
         pruned = model.compress(Pruning(sparsity, pattern, method, calibration, sequential=sequential))
-        cosine = (embed(pruned.model, tokenizer, probe) * reference).sum(1)
+        close = fidelity(reference, output_vectors(pruned.model, inputs))
         errors = [row.output_error for row in pruned.report().pruning.rows if row.output_error is not None]
         rows.append([
-            method, pattern, f"{sparsity:.0%}", "yes" if sequential else "", f"{cosine.mean():.3f}",
-            f"{cosine.min():.3f}", f"{max(errors):.2f}",
+            method, pattern, f"{sparsity:.0%}", "yes" if sequential else "", f"{close.cosine_mean:.3f}",
+            f"{close.cosine_min:.3f}", f"{max(errors):.2f}",
         ])  # fmt: skip
     header = ["method", "pattern", "zeros", "sequential", "cosine, mean", "min", "largest output error of a layer"]
     print("\n".join(markdown(header, rows)))

@@ -30,10 +30,11 @@ from lepton_ai import LeptonModel
 from lepton_ai.calibration import SENTENCES
 from lepton_ai.compression import Compression, Quantization
 from lepton_ai.doctor import diagnose
+from lepton_ai.fidelity import fidelity, output_vectors
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import lepton_kernels as lk
 
@@ -57,16 +58,12 @@ def sentences() -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def embed(model: Callable, tokenizer: Callable, texts: list[str]) -> Tensor:
-    """Sentence embeddings as the model was trained to give them: the mean over tokens, of length 1."""
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), 32):
-            batch = tokenizer(texts[start : start + 32], padding=True, truncation=True, return_tensors="pt")
-            hidden = model(**batch).last_hidden_state.float()
-            mask = batch["attention_mask"][..., None]
-            parts.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(parts)
+def batches(tokenizer: Callable, texts: list[str]) -> list[dict]:
+    """Inputs of 32 sentences each, in their order."""
+    return [
+        dict(tokenizer(texts[i : i + 32], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, len(texts), 32)
+    ]
 
 
 def latencies(models: dict[str, Callable], batch: int, vocabulary: int, seconds: float) -> dict[str, list[float]]:
@@ -111,7 +108,7 @@ def measure(out: Path, seconds: float) -> list[dict]:
     torch_int8 = torch_dynamic_int8(fp32.model)
     buffer = io.BytesIO()
     torch.save(torch_int8.state_dict(), buffer)
-    models: dict[str, Callable] = {"torch fp32": fp32.model, "torch dynamic int8": torch_int8}
+    models: dict[str, nn.Module] = {"torch fp32": fp32.model, "torch dynamic int8": torch_int8}
     rows = {
         "torch fp32": {"file_bytes": fp32_file.stat().st_size, "load_ms": load_ms(lambda: load_file(fp32_file))},
         "torch dynamic int8": {"file_bytes": buffer.tell(), "load_ms": None},
@@ -133,10 +130,11 @@ def measure(out: Path, seconds: float) -> list[dict]:
         plain.unlink()
         models[name] = compressed.model
     texts = sentences()
-    reference = embed(models["torch fp32"], tokenizer, texts)
+    inputs = batches(tokenizer, texts)
+    reference = output_vectors(fp32.model, inputs)
     for name, model in models.items():
-        cosine = (embed(model, tokenizer, texts) * reference).sum(1)
-        rows[name].update(cosine_mean=float(cosine.mean()), cosine_min=float(cosine.min()), sentences=len(texts))
+        close = fidelity(reference, output_vectors(model, inputs))
+        rows[name].update(cosine_mean=close.cosine_mean, cosine_min=close.cosine_min, sentences=close.samples)
     for batch in BATCHES:
         for name, times in latencies(models, batch, fp32.model.config.vocab_size, seconds).items():
             rows[name][f"p50_ms_batch_{batch}"] = median(times)

@@ -30,10 +30,19 @@ _Half = tuple[QuantLinear, nn.Dropout, nn.LayerNorm]
 
 @dataclass
 class FuseReport:
-    """What fuse_ did: (name of the module, what it is now, how many layers are in it) a row."""
+    """What fuse_ did: (name of the module, what it is now, how many layers are in it) a row.
+
+    parts: every layer that is part of something now, normalizations too, and what that is; by the layer's name.
+    """
 
     rows: list[tuple[str, str, int]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, what: str, layers: list[str], norm: str | None = None) -> None:
+        """A row: the module's name, what it is now, the names of the quantized layers and the normalization in it."""
+        self.rows.append((name, what, len(layers)))
+        self.parts.update(dict.fromkeys(layers if norm is None else [*layers, norm], what))
 
     def __str__(self) -> str:
         names = [name for name, _, _ in self.rows] + [name for name, _ in self.skipped]
@@ -99,7 +108,7 @@ def _fuse_sequences(model: nn.Module, report: FuseReport) -> None:
             else:
                 layer.activation, layer.activation_is_fused = activation, True
                 setattr(sequence, place, FusedActivation(activation))
-                report.rows.append((full, f"linear + {activation}", 1))
+                report.add(full, f"linear + {activation}", [full])
 
 
 def _half(module: nn.Module) -> _Half | None:
@@ -149,16 +158,18 @@ def _fuse_blocks(model: nn.Module, report: FuseReport) -> None:
         if reason:
             report.skipped.append((full, reason))
             continue
+        inside, norm_inside = f"{full}.dense", f"{full}.LayerNorm"
         if name == "output" and hasattr(parent, "feed_forward_chunk"):
             if _fuse_feed_forward(parent, parts):
-                report.rows.append((full, "feed-forward + residual + layer norm", 2))
+                expand = f"{full.removesuffix(name)}intermediate.dense"
+                report.add(full, "feed-forward + residual + layer norm", [expand, inside], norm_inside)
                 continue
             report.skipped.append((full, "the activation before it: its feed-forward half computes something else"))
         dense, _, norm = parts
         fused = FusedResidualNorm(*parts).eval()
         if _agree(child, fused, _probe(dense.in_features, norm.weight), _probe(dense.out_features, norm.weight)):
             setattr(parent, name, fused)
-            report.rows.append((full, "linear + residual + layer norm", 1))
+            report.add(full, "linear + residual + layer norm", [inside], norm_inside)
         else:
             report.skipped.append((full, "it computes something else than LayerNorm(dense(x) + residual)"))
 
@@ -195,4 +206,5 @@ def _share_inputs(model: nn.Module, report: FuseReport) -> None:
             kinds = {(x.in_features, x.scheme, x.bias is None, x.activation, x.weight_packed.device) for x in layers}
             if len(kinds) == 1:
                 SharedInput(layers)
-                report.rows.append((prefix, " + ".join(names) + " of one input", len(layers)))
+                members = [f"{prefix}.{name}" if prefix else name for name in names]
+                report.add(prefix, " + ".join(names) + " of one input", members)

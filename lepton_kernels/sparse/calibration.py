@@ -1,6 +1,6 @@
 """What pruning needs to know about a layer's inputs X [samples, columns]: sums of X^T X, collected by hooks."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ def _for_rows(by_group: Tensor, rows: int) -> Tensor:
     return by_group.repeat_interleave(rows // len(by_group), 0)
 
 
-def call(model: nn.Module, item: Any) -> Any:
+def call(model: Callable[..., Any], item: Any) -> Any:
     """The model on one of its inputs: a tensor, a tuple or list of arguments, or a mapping of keywords."""
     if isinstance(item, Mapping):
         return model(**item)

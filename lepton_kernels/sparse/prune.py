@@ -26,7 +26,7 @@ class PrunedLayer:
 
     relative_error: Frobenius norm of the weight's change over that of the weight. output_error: the same of the layer's
     output over the calibration, as if inputs were independent but with "sparsegpt" and sequential; None without
-    calibration. note: what held pruning back. skipped: why nothing was done.
+    calibration. note: what held pruning back. skipped: why nothing was done. pattern, method: as given to prune_.
     """
 
     name: str
@@ -37,6 +37,8 @@ class PrunedLayer:
     output_error: float | None = None
     note: str = ""
     skipped: str | None = None
+    pattern: str = ""
+    method: str = ""
 
 
 @dataclass
@@ -249,7 +251,10 @@ def prune_(
             if keep_masks:
                 fix(layer, mask)
         left = 1 - float(mask.float().mean())
-        row = PrunedLayer(name, tuple(layer.weight.shape), zeros, left, error, output_error, plan[name][1])
+        row = PrunedLayer(
+            name, tuple(layer.weight.shape), zeros, left, error, output_error, plan[name][1],
+            pattern=str(chosen_pattern), method=method,
+        )  # fmt: skip
         report.rows.append(row)
 
     if sequential:

@@ -25,6 +25,9 @@ app = typer.Typer(
 )  # fmt: skip
 # Where output goes to a file or a pipe, tables are as wide as they need to be.
 console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=200)
+Price = Annotated[
+    float | None, typer.Option("--price", min=0.0, help="What an hour of this machine costs; with --measure.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 File = Annotated[Path, typer.Argument(help="A .safetensors file, ours or not.", exists=True, dir_okay=False)]
 
@@ -82,6 +85,15 @@ def doctor(as_json: Json = False) -> None:
         console.print("no problems found", style="green")
 
 
+def _texts(model: str, sentences: Path | None, option: str) -> list[dict[str, Any]]:
+    """Inputs for the model of a Hugging Face folder."""
+    from lepton_ai.calibration import texts
+
+    if not Path(model).is_dir():
+        raise ValueError(f"{option}: model is {model!r}; allowed: a Hugging Face folder, for its tokenizer")
+    return texts(model, sentences.read_text().splitlines() if sentences else None)
+
+
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, 'package.module:name' or 'file.py:name'.")],
@@ -96,27 +108,31 @@ def compress(
     ] = "unstructured",
     method: Annotated[str, typer.Option(help="To choose them: magnitude, wanda or sparsegpt.")] = "magnitude",
     calibration: Annotated[
-        Path | None, typer.Option(help="Texts for wanda and sparsegpt, one a line. Default: a hundred that come along.")
+        Path | None,
+        typer.Option(help="Texts for wanda, sparsegpt and --measure, one a line. Default: a hundred that come along."),
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale, at 4 bits.")] = None,
     embeddings: Annotated[bool, typer.Option(help="Quantize embedding tables to int8 rows as well.")] = True,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a name or a glob.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time it beside the original, and compare outputs.")
+    ] = False,
+    price: Price = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what became of each layer, and why.")] = False,
     as_json: Json = False,
 ) -> None:
     """Prune, quantize and entropy-code a model into one safetensors file."""
-    from lepton_ai.calibration import texts
     from lepton_ai.compression import Compression, Pruning, Quantization
     from lepton_ai.model import LeptonModel
 
     with _errors():
         kept = tuple(exclude or ())
+        by_input = prune and method != "magnitude"
+        if price is not None and not measure:
+            raise ValueError(f"price is {price:g} without --measure; allowed: both, to price what was measured")
         inputs = None
-        if prune and method != "magnitude":
-            if not Path(model).is_dir():
-                raise ValueError(
-                    f"method is {method}: model is {model!r}; allowed: a Hugging Face folder, for its tokenizer"
-                )
-            inputs = texts(model, calibration.read_text().splitlines() if calibration else None)
+        if by_input or measure:
+            inputs = _texts(model, calibration, f"method is {method}" if by_input else "--measure")
         steps = [
             Pruning(prune, pattern, method, inputs, exclude=kept) if prune else None,
             Quantization(scheme, group_size, embeddings, exclude=kept) if scheme != "none" else None,
@@ -124,13 +140,19 @@ def compress(
         ]
         if not output.parent.is_dir():
             raise ValueError(f"output is {output}: there is no folder {output.parent}")
-        compressed = LeptonModel(model).compress(*steps, inplace=True)
+        original = LeptonModel(model)
+        compressed = original.compress(*steps, inplace=not measure)
         compressed.save(output)
+        if measure and inputs:
+            compressed.measure(original, inputs, price_per_hour=price)
     report = compressed.report()
     if as_json:
-        _print_json({**report.as_dict(), "output": str(output)})
+        layers = {"layers": [dataclasses.asdict(row) for row in compressed.explain().rows]} if explain else {}
+        _print_json({**report.as_dict(), **layers, "output": str(output)})
         return
-    typer.echo(str(report))
+    typer.echo(str(compressed.explain() if explain else report))
+    if explain and report.measured is not None:
+        typer.echo(str(report.measured))
     typer.echo(f"wrote {output}")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 
 import lepton_kernels as lk
 from lepton_ai.compression import Compression, Pruning, Quantization
+from lepton_ai.explain import Explanation, explain
+from lepton_ai.measure import Measurement, compare
 from lepton_ai.sources import CONFIG_KEY, metadata_of, model_of_config, open_model
 from lepton_ai.training import compressed_form_, train_form_
 from lepton_kernels.model_file import ModelFile
@@ -24,7 +27,10 @@ def _state_bytes(model: nn.Module) -> int:
 
 @dataclass
 class CompressionReport:
-    """What compress did: bytes of the weights before and after, of the file once saved, and a report for each step."""
+    """What compress did: bytes of the weights before and after, of the file once saved, and a report for each step.
+
+    measured: what CompressedModel.measure found last.
+    """
 
     bytes_before: int
     bytes_after: int
@@ -34,12 +40,30 @@ class CompressionReport:
     quantization: lk.QuantizeReport | None = None
     fusion: lk.FuseReport | None = None
     steps: list[str] = field(default_factory=list)
+    measured: Measurement | None = None
+
+    @property
+    def ratio(self) -> float:
+        """r = bytes before / bytes after: those of the file where it was saved, codec included, else of the weights.
+
+        After CompressedModel.load, to which the original is unknown, the bytes before are those of the loaded weights.
+        """
+        after = self.bytes_after if self.file_bytes is None else self.file_bytes
+        return self.bytes_before / max(after, 1)
+
+    def totals(self) -> str:
+        """The line on bytes, in words."""
+        file = f", file {self.file_bytes:,} ({self.codec})" if self.file_bytes is not None else ""
+        share = self.bytes_after / max(self.bytes_before, 1)
+        before = f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.1%})"
+        return f"{before}{file}, ratio {self.ratio:.2f}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         out: dict[str, Any] = {
             "steps": self.steps, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-            "codec": self.codec, "file_bytes": self.file_bytes,
+            "codec": self.codec, "file_bytes": self.file_bytes, "ratio": self.ratio,
+            "measured": None if self.measured is None else self.measured.as_dict(),
         }  # fmt: skip
         for name in ("pruning", "quantization"):
             report = getattr(self, name)
@@ -52,9 +76,9 @@ class CompressionReport:
         parts = [str(report) for report in (self.pruning, self.quantization) if report is not None]
         if self.fusion is not None and self.fusion.rows:
             parts.append(str(self.fusion))
-        file = f", file {self.file_bytes:,} ({self.codec})" if self.file_bytes is not None else ""
-        share = self.bytes_after / max(self.bytes_before, 1)
-        parts.append(f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.1%}){file}")
+        parts.append(self.totals())
+        if self.measured is not None:
+            parts.append(str(self.measured))
         return "\n\n".join(parts)
 
 
@@ -71,6 +95,26 @@ class CompressedModel:
     def report(self) -> CompressionReport:
         """What was done; print it for a table."""
         return self._report
+
+    def explain(self) -> Explanation:
+        """What changed in each layer that has weights, and why; print it for a table."""
+        return explain(self.model, self._report)
+
+    def measure(
+        self,
+        original: "LeptonModel | nn.Module",
+        inputs: Iterable[Any],
+        *,
+        price_per_hour: float | None = None,
+        seconds: float = 2.0,
+    ) -> Measurement:
+        """Time, energy, price and fidelity beside the original, as lepton_ai.measure.compare finds them on `inputs`.
+
+        The report keeps the result as report().measured.
+        """
+        before = original.model if isinstance(original, LeptonModel) else original
+        self._report.measured = compare(before, self.model, inputs, price_per_hour=price_per_hour, seconds=seconds)
+        return self._report.measured
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (lepton_kernels.save), entropy-coded as Compression said; "none" without it.
@@ -120,7 +164,7 @@ class CompressedModel:
                 f"retrained: module differs from the model in {sorted(names)[:3]}; allowed: what trainable() gave "
                 "(the .module of a DistributedDataParallel)"
             )
-        report = replace(self._report, bytes_after=_state_bytes(model), file_bytes=None)
+        report = replace(self._report, bytes_after=_state_bytes(model), file_bytes=None, measured=None)
         report.steps = [*report.steps, "trained"]
         return CompressedModel(model, report)
 
@@ -141,12 +185,16 @@ class LeptonModel:
         compression: Step | None = None,
         *,
         inplace: bool = False,
+        measure: Iterable[Any] | None = None,
     ) -> CompressedModel:
         """Prunes, quantizes and chooses the file's codec: any of the three steps, in this order whatever is left out.
 
-        Works on a copy unless inplace=True. Raises ValueError when no step or two of a kind are given, or when a step
-        finds nothing to do.
+        Works on a copy unless inplace=True. measure: model inputs, on which the result is measured beside the original
+        (CompressedModel.measure). Raises ValueError when no step or two of a kind are given, when a step finds nothing
+        to do, and for measure with inplace=True, which leaves no original.
         """
+        if inplace and measure is not None:
+            raise ValueError("compress: measure is given with inplace=True; allowed: inplace=False, to compare with")
         steps = [step for step in (pruning, quantization, compression) if step is not None]
         kinds = [type(step) for step in steps]
         allowed = (Pruning, Quantization, Compression)
@@ -172,4 +220,7 @@ class LeptonModel:
             else:
                 report.codec = step.codec
         report.bytes_after = _state_bytes(model)
-        return CompressedModel(model, report)
+        compressed = CompressedModel(model, report)
+        if measure is not None:
+            compressed.measure(self, measure)
+        return compressed
