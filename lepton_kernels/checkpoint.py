@@ -38,7 +38,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 def _sparse(layer: SparseLinear) -> dict[str, Any]:
     scheme: Any = layer.scheme
     if layer.scheme is not None:
-        scheme = layer.scheme.name if layer.scheme.weight_bits == 8 else asdict(layer.scheme)
+        scheme = layer.scheme.name if layer.scheme == QuantScheme.of(layer.scheme.name) else asdict(layer.scheme)
     return {"nonzeros": layer.nonzeros, "bias": layer.bias is not None,
             "dtype": None if scheme else _NAMES[layer.weight_compressed.dtype],
             "activation": layer.activation, "scheme": scheme}  # fmt: skip
@@ -67,7 +67,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, QuantEmbedding):
             dtype = _NAMES[module.dtype]
             out[name] = {"kind": "QuantEmbedding", "padding_idx": module.padding_idx, "dtype": dtype,
-                         "weight_bits": module.weight_bits}  # fmt: skip
+                         "weight_bits": module.weight_bits, "step": module.step}  # fmt: skip
     return out
 
 
@@ -129,8 +129,8 @@ def _empty_layer(spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         if not isinstance(old, (nn.Embedding, QuantEmbedding)):
             raise TypeError(f"an nn.Embedding in the file and {type(old).__name__} in the model")
         dtype = _DTYPES[spec["dtype"]]
-        bits = spec.get("weight_bits", 8)
-        return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, "meta", bits)
+        grid = spec.get("weight_bits", 8), spec.get("step", 0.0)
+        return QuantEmbedding(old.num_embeddings, old.embedding_dim, spec["padding_idx"], dtype, "meta", *grid)
     dtype = _DTYPES[spec["dtype"]] if spec.get("dtype") else torch.float32
     scheme = QuantScheme(**spec["scheme"]) if isinstance(spec["scheme"], dict) else spec["scheme"]
     if spec["kind"] == "SparseConv2d":

@@ -16,7 +16,7 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor
         raise ValueError("quantize_weight: the weight holds NaN or infinity; allowed: finite values")
     weight = weight.to(torch.float32)
     if scheme.stored_bits == 8:
-        return (*_quantize_int8(weight, scheme.limit), None)
+        return (*_quantize_int8(weight, scheme.limit, scheme.step), None)
     return _quantize_int4(weight, scheme)
 
 
@@ -25,8 +25,8 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _quantize_int8(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    scale = weight.abs().amax(1, keepdim=True) / limit
+def _quantize_int8(weight: Tensor, limit: int, step: float) -> tuple[Tensor, Tensor]:
+    scale = (weight.abs().amax(1, keepdim=True) / limit).clamp(min=step)
     return torch.round(weight / _safe(scale)).clamp(-limit, limit).to(torch.int8), scale
 
 

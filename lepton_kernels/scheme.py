@@ -1,5 +1,6 @@
 """QuantScheme: how a layer's weights and activations are stored, and the strings that stand for it."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ class QuantScheme:
     bits at level avx2, and fewer bits a weight in an entropy-coded file.
     group_size: in_features that share a scale at 4 bits, a multiple of 16; -1 is the whole row. 5 to 8 bits: -1.
     symmetric: False gives every 4-bit group a zero point of its own. Weights of 5 to 8 bits are always symmetric.
+    step: no channel's scale is below it, in the weight's unit; 0: each is just large enough for its largest weight. In an
+    entropy-coded file rows that share a step take fewer bytes at the same error than rows that have each their own (Gish
+    and Pierce 1968: for a given error a uniform quantizer's output has nearly the least entropy). 4 bits: 0.
     activation: "int8" (quantized on the fly, a scale and zero point for every row) or "float" (left as they are).
     """
 
@@ -22,6 +26,7 @@ class QuantScheme:
     group_size: int = -1
     symmetric: bool = True
     activation: str = "int8"
+    step: float = 0.0
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 5, 6, 7, 8):
@@ -33,6 +38,10 @@ class QuantScheme:
                 f"QuantScheme: group_size is {self.group_size}; "
                 f"allowed: a multiple of {GROUP_MULTIPLE}, or -1 (whole row)"
             )
+        if not 0 <= self.step < math.inf:
+            raise ValueError(f"QuantScheme: step is {self.step}; allowed: a finite number, 0 or more")
+        if self.stored_bits == 4 and self.step:
+            raise ValueError(f"QuantScheme: step is {self.step} with 4 bits; allowed: 0 (a group has its own scale)")
         if self.stored_bits == 8 and (self.group_size != -1 or not self.symmetric):
             raise ValueError(
                 f"QuantScheme: {self.weight_bits}-bit weights have one symmetric scale a channel; "

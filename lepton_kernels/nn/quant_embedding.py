@@ -12,7 +12,10 @@ from lepton_kernels.scheme import QuantScheme
 
 
 class QuantEmbedding(nn.Module):
-    """A drop-in for nn.Embedding without max_norm; the output has dtype `dtype`. weight_bits: 5 to 8, QuantScheme's."""
+    """A drop-in for nn.Embedding without max_norm; the output has dtype `dtype`.
+
+    weight_bits: 5 to 8; it and step are QuantScheme's.
+    """
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -25,22 +28,24 @@ class QuantEmbedding(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         weight_bits: int = 8,
+        step: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.dtype, self.weight_bits = padding_idx, dtype, weight_bits
+        self.padding_idx, self.dtype = padding_idx, dtype
+        self.weight_bits, self.step = weight_bits, step
         packed = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", torch.zeros(num_embeddings, 1, device=device))
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, weight_bits: int = 8) -> "QuantEmbedding":
+    def from_embedding(cls, embedding: nn.Embedding, weight_bits: int = 8, step: float = 0.0) -> "QuantEmbedding":
         """The quantized copy of an Embedding. Raises ValueError when it renormalizes its rows (max_norm)."""
         if embedding.max_norm is not None:
             raise ValueError(f"QuantEmbedding: max_norm is {embedding.max_norm}; allowed: None")
         weight = embedding.weight.detach()
-        layer = cls(weight.shape[0], weight.shape[1], embedding.padding_idx, weight.dtype, weight.device, weight_bits)
-        layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(weight_bits))
+        layer = cls(*weight.shape, embedding.padding_idx, weight.dtype, weight.device, weight_bits, step)
+        layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(weight_bits, step=step))
         return layer.train(embedding.training)
 
     def forward(self, index: Tensor) -> Tensor:

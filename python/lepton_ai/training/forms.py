@@ -11,8 +11,9 @@ from lepton_ai.training.masked import MASKABLE, Masked, kept_of, mask_
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
 
 # The share of zeros from which a weight counts as pruned, by its bits. A grid of 16 steps rounds a third of an unpruned
-# weight with outliers to zero, one of 255 steps about a hundredth.
+# weight with outliers to zero, one of 255 steps about a hundredth; a common step as many as it is coarse.
 _PRUNED = {8: 0.1, 7: 0.15, 6: 0.2, 5: 0.3, 4: 0.4}
+_PRUNED_WITH_STEP = 0.4
 _RECURRENT = (lk.nn.QuantLSTM, lk.nn.QuantGRU, lk.nn.QuantLSTMCell, lk.nn.QuantGRUCell, lk.nn.QuantRNNCell)
 Plan = dict[nn.Module, Callable[[], nn.Module]]
 
@@ -45,7 +46,7 @@ def _way(name: str, module: nn.Module, mask_from: float | None) -> Callable[[], 
     """What makes the training form of a compressed layer; None for any other module."""
     if type(module) is QuantLinear:
         if mask_from is None:
-            mask_from = _PRUNED[module.scheme.weight_bits]
+            mask_from = _PRUNED_WITH_STEP if module.scheme.step else _PRUNED[module.scheme.weight_bits]
         return partial(TrainLinear.from_quant, module, kept_of(module.weight, mask_from))
     if type(module) is SparseLinear:
         return partial(TrainLinear.from_sparse, module)

@@ -157,7 +157,8 @@ class TrainEmbedding(nn.Module):
     def __init__(self, layer: QuantEmbedding) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
-        self.padding_idx, self.dtype, self.scheme = layer.padding_idx, layer.dtype, QuantScheme(layer.weight_bits)
+        self.padding_idx, self.dtype = layer.padding_idx, layer.dtype
+        self.scheme = QuantScheme(layer.weight_bits, step=layer.step)
         self.weight = nn.Parameter(reference.dequantize_int8(layer.weight_packed, layer.weight_scale))
         self.register_buffer("weight_scale", layer.weight_scale)
         self.train(layer.training)
@@ -175,7 +176,7 @@ class TrainEmbedding(nn.Module):
         """The compressed layer of these weights, on their device."""
         layer = QuantEmbedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype, self.weight.device,
-            self.scheme.weight_bits,
+            self.scheme.weight_bits, self.scheme.step,
         )  # fmt: skip
         layer.weight_packed, layer.weight_scale, _ = requantize(self.weight, self.scheme, self.weight_scale, None)
         return layer.train(self.training)
