@@ -39,7 +39,10 @@ class Layout(NamedTuple):
 
 @dataclass
 class State:
-    """What a checkpoint holds of a rank. data_rank 0 of a shard writes its model and optimizer."""
+    """What a checkpoint holds of a rank.
+
+    is_sharded: all data ranks write their parts of model and optimizer; else data rank 0 of a slice writes both.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,6 +50,7 @@ class State:
     update: SynchronousUpdate
     data_rank: int
     layout: Layout
+    is_sharded: bool = False
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)  # of each epoch: their sum over samples, and samples
 
@@ -114,7 +118,7 @@ def save(folder: Path, state: State) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     _barrier()
     contents: dict[str, Any] = {f"own-{_rank()}": state.own()}
-    if state.data_rank == 0:
+    if state.data_rank == 0 or state.is_sharded:
         contents[f"shard-{state.layout.shard}"] = state.shard()
     if _rank() == 0:
         contents["progress"] = pickle.dumps(state.progress())

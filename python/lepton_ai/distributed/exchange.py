@@ -4,17 +4,24 @@ gloo gathers tensors of equal size and of some dtypes alone, so they travel as b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Shape = Sequence[int]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over data ranks (sharding.py) whole, on all of them; any other as it is, detached."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Tensor, shapes: Sequence[Shape], group: dist.ProcessGroup) -> list[Tensor]:
@@ -38,6 +45,15 @@ def gather_states(state: dict[str, Tensor], group: dist.ProcessGroup) -> list[di
     dist.all_gather_object(shapes, {name: tuple(tensor.shape) for name, tensor in state.items()}, group=group)
     gathered = {name: gather(tensor, [of[name] for of in shapes], group) for name, tensor in state.items()}
     return [{name: tensors[rank] for name, tensors in gathered.items()} for rank in range(group.size())]
+
+
+def broadcast_(tensors: Iterable[Tensor], source: int, group: dist.ProcessGroup) -> None:
+    """Overwrites the tensors of all processes, of the same shapes and dtypes, with those of `source` in the group."""
+    for tensor in tensors:
+        if tensor.numel():
+            data = _bytes(tensor)
+            dist.broadcast(data, group=group, group_src=source)
+            tensor.detach().copy_(data.view(tensor.dtype).reshape(tensor.shape))
 
 
 def broadcast_state(state: dict[str, Tensor], source: int, group: dist.ProcessGroup) -> dict[str, Tensor]:

@@ -67,8 +67,9 @@ class ModelParallel:
 
         model: the same on every process, with nn.Linear, QuantLinear or SparseLinear layers. What is random outside the
         split layers (dropout) has to be drawn alike by the processes that share them. Raises ValueError for a mesh of
-        another size, a glob that matches no layer, a layer that can not be split as planned and a model with nothing to
-        split, before anything is changed. The result can not be copied or saved as it is: see whole_state.gather_state.
+        another size, a glob that matches no layer, a layer that can not be split as planned and, with tensor above 1, a
+        model with nothing to split, before anything is changed. The result can not be copied or saved as it is: see
+        whole_state.gather_state.
         """
         if mesh["tensor"].size() != self.tensor:
             raise ValueError(f"split_: the mesh has {mesh['tensor'].size()} in 'tensor'; allowed: {self.tensor}")
@@ -105,7 +106,7 @@ class ModelParallel:
             chosen = {layer: "column" for _, layer in layers if self._why_not(layer, "column", tied) is None}
         else:
             chosen = self._planned(layers)
-        if not chosen:
+        if not chosen and self.tensor > 1:
             raise ValueError(
                 f"split_: nothing to split in {type(model).__name__}; allowed: a model with layers of at least "
                 f"{self.tensor} outputs and weights of their own"

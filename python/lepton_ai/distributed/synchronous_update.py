@@ -1,4 +1,5 @@
-"""SynchronousUpdate: how data-parallel ranks share gradients, as a communication hook of DistributedDataParallel.
+"""SynchronousUpdate: how data-parallel ranks share gradients, as a communication hook of DistributedDataParallel, or
+each a part of all (sharding.py).
 
 fp32, bf16 and fp16 are plain all-reduces in that type. int8 and int4 send quantized blocks (compressed_mean.py), with
 error feedback: what rounding lost of a gradient is added to the next one (Seide et al. 2014; Karimireddy et al. 2019).
@@ -13,9 +14,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lepton_ai.distributed.compressed_mean import CompressedMean
+from lepton_ai.distributed.sharding import Shard, Traffic, is_choice, shard_parameters_
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BITS = {"int8": 8, "int4": 4}
@@ -31,8 +34,9 @@ class UpdateStats:
     """What SynchronousUpdate did on this rank.
 
     active: whether gradients are compressed now. bytes_sent: payload that this rank sent for gradients, without
-    headers; bytes_fp32: what a ring all-reduce in float32 would have sent. seconds_plain, seconds_compressed: one
-    exchange of 4 MiB in float32 and compressed, the slowest rank's median; None where it was not measured.
+    headers; bytes_fp32: what a ring all-reduce in float32 would have sent. bytes_parameters: payload sent to gather
+    sharded parameters, before forward and again before backward; 0 without shard. seconds_plain, seconds_compressed:
+    one exchange of 4 MiB in float32 and compressed, the slowest rank's median; None where it was not measured.
     """
 
     compression: str
@@ -40,6 +44,7 @@ class UpdateStats:
     steps: int
     bytes_sent: int
     bytes_fp32: int
+    bytes_parameters: int
     seconds_plain: float | None
     seconds_compressed: float | None
 
@@ -52,17 +57,36 @@ class SynchronousUpdate:
     in float32 and use the faster: on a fast link compression costs more than it saves (stats() says what was measured).
     Two runs may then decide otherwise, and differ in their bits; a resumed one keeps to what was decided.
     timeout: seconds after which a rank that does not answer ends the job, with its number in the error (PeerError).
-    Raises ValueError for another compression or a timeout that is not positive.
+
+    shard: each rank keeps a part of the trained parameters, their gradients and the optimizer's state, instead of all;
+    compression, "fp32", "bf16" or "fp16", is the type in which gradients are exchanged, and automatic does not matter.
+    True: blocks that are repeated in an nn.ModuleList or nn.Sequential are whole while they compute, one at a time, the
+    rest of the model for the whole step. A module type, a tuple of them or a function of a module: these are the
+    blocks; it has to pickle where workers are started. The model reads a block's parameters in the block's forward
+    alone.
+
+    Raises ValueError for another compression, another shard, and a timeout that is not positive.
     """
 
     def __init__(
-        self, compression: str = "fp32", *, error_feedback: bool = True, automatic: bool = True, timeout: float = 60.0
-    ) -> None:
+        self, compression: str = "fp32", *, shard: Shard = False, error_feedback: bool = True, automatic: bool = True,
+        timeout: float = 60.0,
+    ) -> None:  # fmt: skip
         if compression not in COMPRESSIONS:
             raise ValueError(f"SynchronousUpdate: compression is {compression!r}; allowed: {', '.join(COMPRESSIONS)}")
         if not timeout > 0:
             raise ValueError(f"SynchronousUpdate: timeout is {timeout!r}; allowed: seconds, more than 0")
-        self.compression, self.error_feedback = compression, error_feedback
+        if not is_choice(shard):
+            raise ValueError(
+                f"SynchronousUpdate: shard is {shard!r}; allowed: True, False, a module type, a tuple of them or a "
+                f"function of a module"
+            )
+        if shard and compression in _BITS:
+            raise ValueError(
+                f"SynchronousUpdate: compression is {compression!r} with shard; allowed with shard: "
+                f"{', '.join(name for name in COMPRESSIONS if name not in _BITS)}"
+            )
+        self.compression, self.shard, self.error_feedback = compression, shard, error_feedback
         self.automatic, self.timeout = automatic, timeout
         self._active = compression != "fp32"
         self._group: dist.ProcessGroup | None = None
@@ -70,7 +94,7 @@ class SynchronousUpdate:
         self._names: dict[nn.Parameter, str] = {}
         self._residuals: dict[tuple[str, ...], Tensor] = {}  # by the parameters of a bucket, f32 [values]
         self._loaded: dict[str, Tensor] = {}  # by parameter, until its bucket is seen
-        self._steps = self._values = self._bytes = 0
+        self._traffic = Traffic()
         self._seconds: tuple[float | None, float | None] = None, None
 
     def attach(self, model: DistributedDataParallel) -> "SynchronousUpdate":
@@ -84,20 +108,31 @@ class SynchronousUpdate:
         model.register_comm_hook(self, _hook)
         return self
 
+    def shard_(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        """Shards `model` over the "data" ranks of a ModelParallel's mesh, in place: what attach is without shard.
+
+        Returns the model. Raises ValueError as shard_parameters_ does.
+        """
+        self._group = mesh.get_group("data")
+        shard_parameters_(model, mesh, self.shard, _HALVES.get(self.compression), self._traffic)
+        model.register_forward_hook(self._count_step)
+        return model
+
     def detach(self) -> None:
         """Ends what attach began; the model's process group may go then."""
         if self._mean is not None:
             self._mean.close()
-            self._bytes += self._mean.bytes_sent
+            self._traffic.gradient_bytes += self._mean.bytes_sent
             self._mean = None
 
     def stats(self) -> UpdateStats:
         """What was sent so far, and what was measured."""
         ranks = 1 if self._group is None else self._group.size()
         compressed = 0 if self._mean is None else self._mean.bytes_sent
+        traffic = self._traffic
         return UpdateStats(
-            self.compression, self._active, self._steps, self._bytes + compressed,
-            ring_bytes(self._values * 4, ranks), *self._seconds,
+            self.compression, self._active, traffic.steps, traffic.gradient_bytes + compressed,
+            ring_bytes(traffic.gradient_values * 4, ranks), traffic.parameter_bytes, *self._seconds,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,13 +154,17 @@ class SynchronousUpdate:
                 f"SynchronousUpdate.load_state_dict: compression is {state['compression']!r}; allowed: "
                 f"{self.compression!r}, as this one has"
             )
-        self._active, self._residuals = bool(state["active"]), {}
+        self._active = self._active if self.shard else bool(state["active"])
+        self._residuals = {}
         self._loaded = {name: residual.clone() for name, residual in state["residuals"].items()}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._mean is not None:
             raise TypeError("SynchronousUpdate: it is attached to a model; allowed: to pickle it before attach()")
         return self.__dict__
+
+    def _count_step(self, *_: Any) -> None:
+        self._traffic.steps += torch.is_grad_enabled()
 
     def _sizes(self, names: tuple[str, ...]) -> list[int]:
         by_name = {name: parameter for parameter, name in self._names.items()}
@@ -134,7 +173,7 @@ class SynchronousUpdate:
     def _pays(self) -> bool:
         """Whether a compressed exchange is the faster; on every rank the same answer."""
         values = torch.randn(_PROBE_VALUES)
-        before = self._bytes
+        before = self._traffic.gradient_bytes
 
         def seconds_of(exchange: Callable[[Tensor], Any]) -> float:
             buffer = values.clone()
@@ -149,7 +188,7 @@ class SynchronousUpdate:
         slowest = torch.tensor([median(column) for column in zip(*pairs[1:], strict=True)], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
         self._seconds = float(slowest[0]), float(slowest[1])
-        self._bytes = before
+        self._traffic.gradient_bytes = before
         if self._mean is not None:
             self._mean.bytes_sent = 0
         return self._seconds[1] < _PAYS * self._seconds[0]
@@ -171,7 +210,7 @@ class SynchronousUpdate:
         if self._mean is not None:
             return self._mean.start(buffer, residual)
         sent = buffer.to(_HALVES[self.compression])
-        self._bytes += ring_bytes(sent.numel() * sent.element_size(), self._ranks())
+        self._traffic.gradient_bytes += ring_bytes(sent.numel() * sent.element_size(), self._ranks())
         return self._all_reduce(sent, buffer)
 
     def _all_reduce(self, sent: Tensor, buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -184,10 +223,10 @@ class SynchronousUpdate:
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
-        self._steps += bucket.is_last()
-        self._values += buffer.numel()
+        self._traffic.steps += bucket.is_last()
+        self._traffic.gradient_values += buffer.numel()
         if not self._active:
-            self._bytes += ring_bytes(buffer.numel() * buffer.element_size(), self._ranks())
+            self._traffic.gradient_bytes += ring_bytes(buffer.numel() * buffer.element_size(), self._ranks())
             return self._all_reduce(buffer, buffer)
         if self._mean is None:
             return self._average(buffer, None)

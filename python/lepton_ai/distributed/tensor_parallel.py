@@ -134,6 +134,9 @@ class ParallelLayer(nn.Module, ABC):
     def whole_state(self) -> State:
         """The whole layer's state dict, on every process; all of the group call it together."""
 
+    def _shard_state(self) -> State:
+        return {name: exchange.whole(tensor) for name, tensor in self.shard.state_dict().items()}
+
     def load_whole_state(self, state: State) -> None:
         """Takes this process's share of the whole layer's state dict; parameters are written in place."""
         whole = copy.deepcopy(self._whole[0])
@@ -171,7 +174,7 @@ class ColumnParallel(ParallelLayer):
         return _GatherOutputs.apply(y, self._ranges, self.group) if self.gathered else y
 
     def whole_state(self) -> State:
-        return join_rows(self._whole[0], exchange.gather_states(self.shard.state_dict(), self.group))
+        return join_rows(self._whole[0], exchange.gather_states(self._shard_state(), self.group))
 
 
 class RowParallel(ParallelLayer):
@@ -208,8 +211,8 @@ class RowParallel(ParallelLayer):
         return reference.ACTIVATIONS[self.activation](y).to(dtype)
 
     def whole_state(self) -> State:
-        state = join_columns(self._whole[0], exchange.gather_states(self.shard.state_dict(), self.group))
-        return state if self.bias is None else state | {"bias": self.bias.detach()}
+        state = join_columns(self._whole[0], exchange.gather_states(self._shard_state(), self.group))
+        return state if self.bias is None else state | {"bias": exchange.whole(self.bias)}
 
     @torch.no_grad()
     def _take(self, whole: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lepton_ai.distributed import checkpoint
 from lepton_ai.distributed.compressed_mean import PeerError, missing_ranks
 from lepton_ai.distributed.data_partitioner import DataPartitioner
+from lepton_ai.distributed.exchange import broadcast_
 from lepton_ai.distributed.model_parallel import ModelParallel
 from lepton_ai.distributed.pipeline_parallel import Pipeline
 from lepton_ai.distributed.synchronous_update import SynchronousUpdate, UpdateStats
@@ -70,6 +71,8 @@ class TrainReport:
             u = self.update
             state = "" if u.compression == "fp32" else (" (on)" if u.active else " (off: it did not pay)")
             lines.append(f"gradients {u.compression}{state}: {u.bytes_sent} bytes sent, float32 {u.bytes_fp32}")
+            if u.bytes_parameters:
+                lines.append(f"sharded parameters: {u.bytes_parameters} bytes sent")
         return "\n".join(lines)
 
 
@@ -153,14 +156,18 @@ def data_parallel(model: nn.Module, group: dist.ProcessGroup) -> DistributedData
     order where an undisturbed one has the second, and blocks of compressed gradients, hence bits, would differ. So a
     first pass is made here, in which gradients come in the parameters' reverse order.
     """
-    # Buffers that no step changes (masks, scales) need not be sent; only norms have others.
-    has_statistics = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped = DistributedDataParallel(_Touchable(model), process_group=group, broadcast_buffers=has_statistics)
+        wrapped = DistributedDataParallel(_Touchable(model), process_group=group, broadcast_buffers=False)
     wrapped(lepton_touch=True).backward()
     wrapped.zero_grad(set_to_none=True)
     return wrapped
+
+
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """The buffers that a step changes, which data ranks take from rank 0 after it: running statistics of norms."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    return [buffer for module in norms for buffer in module.buffers(recurse=False)]
 
 
 class _Trainer:
@@ -180,11 +187,18 @@ class _Trainer:
             self.pipeline = self._pipeline(model)
             model = self.pipeline.stage
         self.model = self.module = model
-        if self.ranks > 1 and self.pipeline is None:
+        self.shares_gradients = self.ranks > 1 and self.pipeline is None
+        is_sharded = self.shares_gradients and bool(job.update.shard)
+        self.statistics = statistics_of(model)
+        if is_sharded and self.mesh is not None:
+            job.update.shard_(model, self.mesh)
+        elif self.shares_gradients:
             self.module = data_parallel(model, self._data_group())
             job.update.attach(self.module)
         optimizer = job.optimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
-        self.state = checkpoint.State(model, optimizer, self.partitioner, job.update, self.rank, self._layout())
+        self.state = checkpoint.State(
+            model, optimizer, self.partitioner, job.update, self.rank, self._layout(), is_sharded
+        )
         self.report = TrainReport(workers=world)
         self.own_loss = 0.0  # sum over samples, not yet in state.losses
 
@@ -222,7 +236,7 @@ class _Trainer:
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         report.peak_memory = int(peak)
         whole = gather_state(self.model, self.mesh)
-        if self.module is not self.model:
+        if self.shares_gradients:
             report.update = self.job.update.stats()
             self.job.update.detach()
         return TrainOutcome(whole, self.partitioner.state_dict(), report)
@@ -244,6 +258,8 @@ class _Trainer:
             output, target = apply_batch(self.module, batch)
             loss = self.job.loss_fn(output, target) * self.partitioner.weight
             loss.backward()
+            if self.shares_gradients:
+                broadcast_(self.statistics, 0, self._data_group())
             mean = float(loss.detach()) / self.ranks
         else:
             mean = self._pipeline_step(self.pipeline, batch)
@@ -265,10 +281,11 @@ class _Trainer:
 
     def _pipeline(self, model: nn.Module) -> Pipeline:
         assert self.mesh is not None
-        if self.ranks > 1 and self.job.update.compression != "fp32":
+        update = self.job.update
+        if self.ranks > 1 and (update.compression != "fp32" or update.shard):
             raise ValueError(
-                f"train: SynchronousUpdate({self.job.update.compression!r}) with ModelParallel(pipeline="
-                f"{self.job.parallel.pipeline}); allowed with a pipeline: 'fp32'"
+                f"train: SynchronousUpdate({update.compression!r}, shard={update.shard!r}) with ModelParallel(pipeline="
+                f"{self.job.parallel.pipeline}); allowed with a pipeline: 'fp32', shard=False"
             )
         return self.job.parallel.pipelined(model, self.mesh)
 

@@ -19,12 +19,14 @@ def _owner(name: str, layers: dict[str, ParallelLayer]) -> str | None:
 
 
 def gather_state(model: nn.Module, mesh: DeviceMesh) -> State:
-    """The whole model's state dict on every process, from a model after split_ or from a pipeline's stage.
+    """The whole model's state dict on every process, from a model after split_ or sharded, or a pipeline's
+    stage.
 
     All processes that share the model call it together. Names, shapes and dtypes are those before the split.
     """
     layers = _parallel_layers(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if _owner(name, layers) is None}
+    state = {name: exchange.whole(tensor) for name, tensor in state.items()}
     for prefix, layer in layers.items():
         state |= {f"{prefix}.{name}": tensor for name, tensor in layer.whole_state().items()}
     stages = mesh.get_group("pipeline")

@@ -22,7 +22,10 @@ class Masked(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return torch.where(self.mask, cast(Tensor, self._parameters["weight"]), 0)
+        weight = cast(Tensor, self._parameters["weight"])
+        if hasattr(weight, "full_tensor"):  # a DTensor: fully_shard looks for its part; in forward it is a whole tensor
+            return weight
+        return torch.where(self.mask, weight, 0)
 
     @torch.no_grad()
     def compressed(self) -> nn.Module:
