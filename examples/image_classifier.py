@@ -11,7 +11,7 @@ import functools
 import torch
 from lepton_ai import LeptonDistributedModel, LeptonModel, ResourceManager
 from lepton_ai.compression import Compression, Pruning, Quantization
-from lepton_ai.distributed import DataPartitioner, SynchronousUpdate
+from lepton_ai.distributed import DataPartitioner, SynchronousUpdate, TrainReport
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -44,10 +44,9 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
     inputs, classes = data.tensors
-    return float((model.eval()(inputs).argmax(1) == classes).float().mean())
+    return float((model(inputs).argmax(1) == classes).float().mean())
 
 
 def main() -> None:
@@ -60,21 +59,26 @@ def main() -> None:
     data, unseen = images(chosen.samples, 0), images(1000, 1)
     manager = ResourceManager(max_workers=chosen.workers)
 
-    def trained(model: nn.Module, rate: float) -> LeptonDistributedModel:
+    def trained(model: nn.Module, rate: float) -> tuple[LeptonDistributedModel, TrainReport]:
         job = LeptonDistributedModel(model, DataPartitioner(data, batch_size=32), SynchronousUpdate("int8"))
         adam = functools.partial(torch.optim.AdamW, lr=rate)
-        print(job.configure(manager).train(nn.functional.cross_entropy, adam, epochs=chosen.epochs))
-        return job
+        evaluate = functools.partial(accuracy, data=unseen)
+        report = job.configure(manager).train(
+            nn.functional.cross_entropy, adam, epochs=chosen.epochs, evaluate=evaluate
+        )
+        print(report)
+        return job, report
 
-    dense = trained(network(), 1e-3).model
+    job, of_dense = trained(network(), 1e-3)
+    dense = job.model
     assert isinstance(dense, nn.Module)
     small = LeptonModel(dense).compress(Pruning(0.8, include=["7"]), Quantization("w8a8"), Compression("huffman"))
-    before = accuracy(small.model, unseen)
-    small = trained(small, 3e-4).model  # type: ignore[arg-type, assignment]
+    job, of_small = trained(small, 3e-4)  # type: ignore[arg-type]
+    small = job.model  # type: ignore[assignment]
     print(small.report())
     small.save("image_classifier.safetensors")
-    print(f"accuracy: float32 {accuracy(dense, unseen):.3f}, compressed {before:.3f}, trained on "
-          f"{accuracy(small.model, unseen):.3f}; file {small.report().file_bytes} bytes")  # fmt: skip
+    print(f"accuracy: float32 {of_dense.metric_after:.3f}, compressed {of_small.metric_before:.3f}, trained on "
+          f"{of_small.metric_after:.3f}; file {small.report().file_bytes} bytes")  # fmt: skip
 
 
 if __name__ == "__main__":

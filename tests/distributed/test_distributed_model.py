@@ -11,11 +11,14 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 from lepton_ai import LeptonDistributedModel, LeptonModel, ResourceManager
 from lepton_ai.compression import Compression, Pruning, Quantization
 from lepton_ai.distributed import DataPartitioner, ModelParallel, SynchronousUpdate, checkpoint
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
+
+from lepton_kernels.nn import QuantLinear
 
 sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -112,6 +115,39 @@ def test_bad_arguments(tmp_path):
     bad = LeptonDistributedModel(mlp(), DataPartitioner(dataset().tensors[0]))
     with pytest.raises(ValueError, match="a batch is Tensor; allowed: a tuple or list"):
         bad.train(nn.functional.cross_entropy)
+
+
+def loss_over(module: nn.Module) -> torch.Tensor:
+    x, y = dataset().tensors
+    return nn.functional.cross_entropy(module(x), y)
+
+
+def test_a_metric_before_and_after():
+    compressed = LeptonModel(mlp().train()).compress(Quantization("w8a8"))
+    seen = []
+
+    def evaluate(module):
+        seen.append((type(module[0]), module.training, torch.is_inference_mode_enabled()))
+        return loss_over(module)
+
+    job = LeptonDistributedModel(compressed, DataPartitioner(dataset(), batch_size=32))
+    report = job.train(nn.functional.cross_entropy, sgd, evaluate=evaluate)
+    assert seen == [(QuantLinear, False, True)] * 2
+    assert job.model.model.training
+    with torch.inference_mode():
+        assert report.metric_before == float(loss_over(compressed.model.eval()))
+        assert report.metric_after == float(loss_over(job.model.model.eval()))
+    assert report.metric_after < report.metric_before
+    assert f"evaluated: {report.metric_before:.5g} before, {report.metric_after:.5g} after" in str(report)
+
+
+def test_no_metric_and_a_bad_one():
+    _, report = trained()
+    assert report.metric_before is None
+    assert report.metric_after is None
+    assert "evaluated" not in str(report)
+    with pytest.raises(TypeError, match="train: evaluate gave 'good'; allowed: a number"):
+        trained(evaluate=lambda module: "good")
 
 
 def test_mappings_become_keywords():
@@ -226,7 +262,7 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     import torch
     from torch import nn
-    from test_distributed_model import Deadly, dataset, mlp, sgd
+    from test_distributed_model import Deadly, dataset, loss_over, mlp, sgd
     from lepton_ai import LeptonDistributedModel
     from lepton_ai.distributed import DataPartitioner, SynchronousUpdate
 
@@ -235,7 +271,10 @@ SCRIPT = """
     data = Deadly(77, flag)
     update = SynchronousUpdate("int8", automatic=False)
     model = LeptonDistributedModel(mlp(), DataPartitioner(data, batch_size=16), update)
-    model.train(nn.functional.cross_entropy, sgd, epochs=3, checkpoint=folder, checkpoint_every=5)
+    report = model.train(
+        nn.functional.cross_entropy, sgd, epochs=3, checkpoint=folder, checkpoint_every=5, evaluate=loss_over
+    )
+    assert report.metric_after < report.metric_before
     x = torch.arange(80.0).reshape(5, 16) / 80
     torch.save((model.model.state_dict(), model.inference(x)), f"{{out}}.{{torch.initial_seed()}}")
     torch.save((model.model.state_dict(), model.inference(x)), out)
@@ -284,7 +323,15 @@ def check_pipeline_training() -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def check_metric() -> None:
+    """Rank 0's number is everyone's."""
+    job = LeptonDistributedModel(mlp(), DataPartitioner(dataset(64), batch_size=16))
+    report = job.train(nn.functional.cross_entropy, sgd, evaluate=lambda module: 0.25 + dist.get_rank())
+    assert (report.metric_before, report.metric_after) == (0.25, 0.25)
+
+
 def check_ranks() -> None:
+    check_metric()
     check_inference()
     check_pipeline_training()
 

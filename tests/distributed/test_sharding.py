@@ -73,6 +73,11 @@ def state_of(job: LeptonDistributedModel) -> dict[str, Tensor]:
     return (model if isinstance(model, nn.Module) else model.model).state_dict()
 
 
+def loss_over(module: nn.Module) -> Tensor:
+    ids, classes = dataset().tensors
+    return nn.functional.cross_entropy(module(ids), classes)
+
+
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -190,7 +195,8 @@ def check_compressed(folder: Path) -> None:
     }
     assert len(zeros) == 3
     plain, report = trained(compressed)
-    sharded, same = trained(compressed, shard=True)
+    sharded, same = trained(compressed, shard=True, evaluate=loss_over)
+    assert same.metric_after < same.metric_before
     torch.testing.assert_close(same.losses, report.losses, rtol=1e-3, atol=0)
     assert same.losses[1] < same.losses[0]
     state = state_of(sharded)
@@ -209,7 +215,7 @@ def check_compressed(folder: Path) -> None:
 
 def check_resume(folder: Path) -> None:
     """Bit for bit; and it is left stopped for others to go on."""
-    whole, _ = trained(Encoder(), shard=True)
+    whole, in_one = trained(Encoder(), shard=True)
     trained(Encoder(), shard=True, steps=5, checkpoint=folder / "again", checkpoint_every=4)
     resumed, report = trained(Encoder(), shard=True, checkpoint=folder / "again", checkpoint_every=4)
     assert report.steps == 12 - 4
@@ -218,6 +224,11 @@ def check_resume(folder: Path) -> None:
     # A checkpoint knows nothing of the shards: plain data parallelism goes on, too.
     state = resumed_state(folder / "stopped", ranks=2)
     assert state.step == 4
+    trained(Encoder(), steps=4, checkpoint=folder / "plain", checkpoint_every=4)
+    of_plain, report = trained(Encoder(seed=5), shard=True, checkpoint=folder / "plain")
+    assert report.steps == 12 - 4
+    assert all_ranks_have(state_of(of_plain))
+    torch.testing.assert_close(report.losses[1], in_one.losses[1], rtol=0.05, atol=0)
     at_four, _ = trained(Encoder(), shard=True, steps=4)
     assert equal(state.model.state_dict(), state_of(at_four))
     if dist.get_rank() == 0:

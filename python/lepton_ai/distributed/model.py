@@ -17,12 +17,15 @@ from lepton_ai.distributed.model_parallel import ModelParallel
 from lepton_ai.distributed.slicing import shares
 from lepton_ai.distributed.synchronous_update import SynchronousUpdate
 from lepton_ai.distributed.train_loop import (
+    Evaluate,
     Loss,
     MakeOptimizer,
     TrainJob,
     TrainOutcome,
     TrainReport,
+    job_group,
     join_group,
+    metric_of,
     run_job,
     under_launcher,
 )
@@ -88,6 +91,7 @@ class LeptonDistributedModel:
         seed: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
+        evaluate: Evaluate | None = None,
     ) -> TrainReport:
         """Trains for `epochs` more epochs of the partitioner's data, or until `steps` steps were taken.
 
@@ -96,8 +100,14 @@ class LeptonDistributedModel:
         as `torch.optim.AdamW` or a functools.partial of one. checkpoint: a folder to save to every checkpoint_every
         steps and to go on from; a job that is stopped or loses a worker resumes there, to the same bits if it has as
         many ranks. Without a folder it starts anew. With workers of their own the model, the dataset, loss_fn and
-        optimizer must pickle. Raises ValueError without a partitioner and for numbers below 1, PeerError where a rank
-        does not answer.
+        optimizer must pickle.
+
+        evaluate(module): a number, of the nn.Module as it runs (a compressed model on its kernels), in eval mode. It is
+        called here before and after training, by a launcher's ranks alike, of which rank 0's number counts. The report
+        keeps both: the first is of the model that was given, not of a checkpoint that training goes on from.
+
+        Raises ValueError without a partitioner and for numbers below 1, TypeError for an evaluate that gives no number,
+        PeerError where a rank does not answer.
         """
         if self.partitioner is None:
             raise ValueError("train: the partitioner is None; allowed: a DataPartitioner")
@@ -111,7 +121,19 @@ class LeptonDistributedModel:
             module, self.partitioner, self.update, self.parallel, loss_fn, optimizer, self.partitioner.epoch + epochs,
             steps, seed, folder, checkpoint_every,
         )  # fmt: skip
-        outcome = self._run(job)
+        with job_group(self.update.timeout):
+            before = None if evaluate is None else metric_of(self._module, evaluate)
+            outcome = self._run(job)
+            self._take(outcome)
+            report = outcome.report
+            report.metric_before = before
+            report.metric_after = None if evaluate is None else metric_of(self._module, evaluate)
+        return report
+
+    def _take(self, outcome: TrainOutcome) -> None:
+        """Makes the trained weights this model's."""
+        assert self.partitioner is not None
+        compressed = self._compressed
         whole = copy.deepcopy(self._module) if compressed is None else compressed.trainable()
         whole.load_state_dict(outcome.state)
         whole.train(self._module.training)
@@ -122,7 +144,6 @@ class LeptonDistributedModel:
         else:
             self._compressed = compressed.retrained(whole)
             self._module = self._compressed.model
-        return outcome.report
 
     def _run(self, job: TrainJob) -> TrainOutcome:
         if under_launcher() or self._manager is None:

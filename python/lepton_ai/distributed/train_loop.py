@@ -5,7 +5,8 @@ resumes from to the same bits. LeptonDistributedModel runs it in every worker.
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -29,6 +30,7 @@ from lepton_ai.distributed.whole_state import gather_state
 from lepton_ai.resources import peak_memory
 
 Loss = Callable[[Any, Any], Tensor]
+Evaluate = Callable[[nn.Module], float]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -52,7 +54,7 @@ class TrainJob:
 @dataclass
 class TrainReport:
     """What train() did: steps, samples and seconds of this run (not of those before a restart), the mean loss of each
-    epoch over all samples, workers, and what was sent for gradients."""
+    epoch over all samples, workers, what was sent for gradients, and what train's `evaluate` gave before and after."""
 
     steps: int = 0
     samples: int = 0
@@ -61,12 +63,16 @@ class TrainReport:
     losses: list[float] = field(default_factory=list)
     update: UpdateStats | None = None
     peak_memory: int = 0  # bytes, of the largest worker
+    metric_before: float | None = None
+    metric_after: float | None = None
 
     def __str__(self) -> str:
         rate = self.samples / self.seconds if self.seconds else 0.0
         lines = [f"{self.steps} steps, {self.samples} samples, {self.seconds:.2f} s, {rate:.0f} samples/s, "
                  f"{self.workers} workers"]  # fmt: skip
         lines += [f"epoch {i + 1}: loss {loss:.5g}" for i, loss in enumerate(self.losses)]
+        if self.metric_before is not None and self.metric_after is not None:
+            lines.append(f"evaluated: {self.metric_before:.5g} before, {self.metric_after:.5g} after")
         if self.update is not None:
             u = self.update
             state = "" if u.compression == "fp32" else (" (on)" if u.active else " (off: it did not pay)")
@@ -118,11 +124,12 @@ def join_group(timeout: float) -> bool:
     return True
 
 
-def run_job(job: TrainJob) -> TrainOutcome:
-    """Trains as this rank of the job. Raises PeerError where another rank is gone."""
-    joined = join_group(job.update.timeout)
+@contextmanager
+def job_group(timeout: float) -> Iterator[None]:
+    """Is in the job's process group. Raises PeerError, in the place of gloo's error, where another rank is gone."""
+    joined = join_group(timeout)
     try:
-        return _Trainer(job).run()
+        yield
     except RuntimeError as error:
         if isinstance(error, PeerError) or not dist.is_initialized() or dist.get_world_size() == 1:
             raise
@@ -134,6 +141,32 @@ def run_job(job: TrainJob) -> TrainOutcome:
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def run_job(job: TrainJob) -> TrainOutcome:
+    """Trains as this rank of the job. Raises PeerError where another rank is gone."""
+    with job_group(job.update.timeout):
+        return _Trainer(job).run()
+
+
+def metric_of(model: nn.Module, evaluate: Evaluate) -> float:
+    """evaluate(model), in eval mode and without gradients; all ranks call it and get what rank 0 found.
+
+    Raises TypeError where evaluate does not give a number.
+    """
+    training = model.training
+    try:
+        with torch.inference_mode():
+            value = evaluate(model.eval())
+    finally:
+        model.train(training)
+    try:
+        metric = torch.tensor(float(value), dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"train: evaluate gave {value!r}; allowed: a number") from error
+    if dist.is_initialized():
+        dist.broadcast(metric, 0)
+    return float(metric)
 
 
 class _Touchable(nn.Module):
