@@ -162,7 +162,12 @@ def check_equal_to_ddp() -> None:
     plain, report = trained(Encoder(), optimizer=sgd)
     values = sum(p.numel() for p in Encoder().parameters())
     moved = sum((w - start[name]).float().square().sum() for name, w in state_of(plain).items()) ** 0.5
-    for compression, shard, bound in (("fp32", True, 1e-4), ("fp32", nn.Linear, 1e-4), ("bf16", True, 0.05)):
+    for compression, shard, bound in (
+        ("fp32", True, 1e-4),
+        ("fp32", nn.Linear, 1e-4),
+        ("bf16", True, 0.05),
+        ("fp16", True, 0.05),
+    ):
         # Data rank 0's weights count, as with DDP.
         sharded, same = trained(Encoder(seed=dist.get_rank()), compression, shard, optimizer=sgd)
         state = state_of(sharded)
@@ -173,7 +178,7 @@ def check_equal_to_ddp() -> None:
         assert not any(isinstance(tensor, DTensor) for tensor in state.values())
         stats = same.update
         assert (stats.compression, stats.active, stats.steps) == (compression, compression != "fp32", same.steps)
-        size = 2 if compression == "bf16" else 4
+        size = 4 if compression == "fp32" else 2
         exact = same.steps * values  # half of each gradient; odd first dimensions are padded
         assert exact * size / 2 <= stats.bytes_sent < 1.05 * exact * size / 2
         assert exact * 4 <= stats.bytes_fp32 < 1.05 * exact * 4
@@ -183,6 +188,30 @@ def check_equal_to_ddp() -> None:
     whole = Encoder()
     whole.load_state_dict(state)
     torch.testing.assert_close(sharded.inference(x), whole.eval()(x))
+
+
+def check_frozen() -> None:
+    """What does not train is sharded, too, whatever its dtype, and stays."""
+    model = Encoder()
+    model.blocks.requires_grad_(False).bfloat16()
+    model.embedding.bfloat16()
+    model.embedding.requires_grad_(False)
+    model.statistics.bfloat16()
+    model.statistics.requires_grad_(False)
+    model.head = nn.Sequential(Widened(), nn.Linear(WIDTH, CLASSES))
+    (plain, report), (sharded, same) = (trained(model, shard=shard, optimizer=sgd) for shard in (False, True))
+    torch.testing.assert_close(same.losses, report.losses, rtol=1e-4, atol=0)
+    for name, tensor in state_of(sharded).items():
+        if name.startswith("head"):
+            torch.testing.assert_close(tensor, state_of(plain)[name], rtol=1e-3, atol=1e-4)
+            assert not torch.equal(tensor, model.state_dict()[name])
+        elif name in dict(model.named_parameters()):
+            assert torch.equal(tensor, model.state_dict()[name])
+
+
+class Widened(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
 
 
 def check_compressed(folder: Path) -> None:
@@ -283,6 +312,7 @@ def check_errors() -> None:
 def check_pair(folder: Path) -> None:
     check_halves()
     check_equal_to_ddp()
+    check_frozen()
     check_compressed(folder)
     check_resume(folder)
     check_errors()

@@ -33,7 +33,7 @@ def blocks_of(model: nn.Module, shard: Shard) -> list[nn.Module]:
     such a choice is empty.
     """
     if shard is True:
-        return list(_repeated(model))
+        return list(dict.fromkeys(_repeated(model)))
     chosen = (lambda module: isinstance(module, shard)) if isinstance(shard, (type, tuple)) else shard
     inner = [module for module in model.modules() if module is not model]
     blocks = [module for module in reversed(inner) if _can_be_a_block(module) and chosen(module)]  # type: ignore[operator]
