@@ -3,10 +3,11 @@
 Weights are int8 with a scale per output channel, activations and hidden states uint8 with a scale and zero point a row
 (w8a8); the cell state, sigmoid and tanh are float32. Each weight is a QuantLinear, `ih_l0`, `hh_l0`, `ih_l0_reverse`,
 ..., so state_dict has `ih_l0.weight_packed`, `ih_l0.weight_scale`, `ih_l0.bias` and so on. CPU only; backward raises
-RuntimeError. bfloat16 and float16 inputs are computed in float32; results have the input's dtype.
+RuntimeError (what trains is their training form, lepton_ai.training). bfloat16 and float16 inputs are computed in
+float32; results have the input's dtype.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,11 @@ class _Known(NamedTuple):
     tensors: list[tuple[dict[str, Any], str, Tensor | None, int]]
 
 
-class _Recurrent(nn.Module):
-    """What layers and cells share: weights as pairs of QuantLinear, checks, and the way to the kernel."""
+class Recurrent(nn.Module):
+    """What layers and cells share: weights as pairs of QuantLinear, checks, and the way to the kernel.
+
+    A training form has layers of another class in their place: it overrides _linear, _is_plain and _run_op.
+    """
 
     _kernel_cell: str
 
@@ -66,11 +70,15 @@ class _Recurrent(nn.Module):
 
     def _dequantize_to(self, suffix: str, target: nn.Module) -> None:
         for name in ("ih", "hh"):
-            for kind, value in zip(("weight", "bias"), _dequantize(self._modules[name + suffix]), strict=False):  # type: ignore[arg-type]
+            for kind, value in zip(("weight", "bias"), _dequantize(self._linear(name + suffix)), strict=False):
                 setattr(target, f"{kind}_{name}{suffix}", nn.Parameter(value))
 
+    def _linear(self, name: str) -> QuantLinear:
+        """The layer of that name, as it is compressed."""
+        return cast(QuantLinear, self._modules[name])
+
     def _direction(self, suffix: str) -> Direction:
-        ih, hh = getattr(self, "ih" + suffix), getattr(self, "hh" + suffix)
+        ih, hh = self._linear("ih" + suffix), self._linear("hh" + suffix)
         return Direction(ih.weight_packed, ih.weight_scale, hh.weight_packed, hh.weight_scale, ih.bias, hh.bias)
 
     def _tiles(self, suffix: str) -> cpu_recurrent.PackedDirection:
@@ -149,7 +157,7 @@ class _Recurrent(nn.Module):
         return {**self.__dict__, "_packed": {}}
 
 
-class _RecurrentLayers(_Recurrent):
+class _RecurrentLayers(Recurrent):
     """QuantLSTM and QuantGRU but for their states."""
 
     _float_type: ClassVar[Any]
@@ -355,7 +363,7 @@ class QuantGRU(_RecurrentLayers):
         return output, h_n
 
 
-class _RecurrentCell(_Recurrent):
+class _RecurrentCell(Recurrent):
     """The cells: one step, one direction."""
 
     _float_type: ClassVar[type[nn.RNNCellBase]]

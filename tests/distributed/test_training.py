@@ -524,12 +524,18 @@ class Doubled(nn.Linear):
         return super().forward(x) * 2
 
 
+class Reversed(QuantLSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input.flip(0), hx)
+
+
 def test_errors_name_the_layer_and_leave_the_model_alone():
-    recurrent = nn.Sequential(linear(), nn.LSTM(N, 8))
-    lk.quantize_(recurrent, "w8a8", include=[nn.Linear, nn.LSTM])
-    with pytest.raises(ValueError, match="train_form_: layer '1' is QuantLSTM; allowed: QuantLinear"):
+    recurrent = nn.Sequential(linear(), Reversed(N, 8))
+    lk.quantize_(recurrent, "w8a8")
+    with pytest.raises(ValueError, match=r"train_form_: layer '1' is Reversed; allowed: QuantLinear, .* QuantLSTM"):
         train_form_(recurrent)
-    assert [type(m) for m in recurrent] == [QuantLinear, QuantLSTM]
+    assert [type(m) for m in recurrent] == [QuantLinear, Reversed]
+    assert type(recurrent[1].ih_l0) is QuantLinear
 
     subclass = nn.Sequential(linear(True), Doubled(N, N))
     lk.prune_(subclass, 0.5)

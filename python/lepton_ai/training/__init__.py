@@ -6,6 +6,7 @@ What was pruned stays zero, what was quantized trains through its rounding.
 from lepton_ai.training.forms import compressed_form_, train_form_
 from lepton_ai.training.layers import TrainEmbedding, TrainLinear
 from lepton_ai.training.masked import MaskedConv2d, MaskedEmbedding, MaskedLinear, MaskedProjection
+from lepton_ai.training.recurrent import TrainGRU, TrainGRUCell, TrainLSTM, TrainLSTMCell, TrainRNNCell
 
 __all__ = [
     "MaskedConv2d",
@@ -13,7 +14,12 @@ __all__ = [
     "MaskedLinear",
     "MaskedProjection",
     "TrainEmbedding",
+    "TrainGRU",
+    "TrainGRUCell",
+    "TrainLSTM",
+    "TrainLSTMCell",
     "TrainLinear",
+    "TrainRNNCell",
     "compressed_form_",
     "train_form_",
 ]

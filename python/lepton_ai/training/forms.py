@@ -8,13 +8,14 @@ from torch import nn
 import lepton_kernels as lk
 from lepton_ai.training.layers import TrainEmbedding, TrainLinear
 from lepton_ai.training.masked import MASKABLE, Masked, kept_of, mask_
+from lepton_ai.training.recurrent import TRAINABLE, TrainRecurrent, train_recurrent_
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseLinear
+from lepton_kernels.nn.quant_recurrent import Recurrent
 
 # The share of zeros from which a weight counts as pruned, by its bits. A grid of 16 steps rounds a third of an unpruned
 # weight with outliers to zero, one of 255 steps about a hundredth; a common step as many as it is coarse.
 _PRUNED = {8: 0.1, 7: 0.15, 6: 0.2, 5: 0.3, 4: 0.4}
 _PRUNED_WITH_STEP = 0.4
-_RECURRENT = (lk.nn.QuantLSTM, lk.nn.QuantGRU, lk.nn.QuantLSTMCell, lk.nn.QuantGRUCell, lk.nn.QuantRNNCell)
 Plan = dict[nn.Module, Callable[[], nn.Module]]
 
 
@@ -52,10 +53,14 @@ def _way(name: str, module: nn.Module, mask_from: float | None) -> Callable[[], 
         return partial(TrainLinear.from_sparse, module)
     if type(module) is QuantEmbedding:
         return partial(TrainEmbedding, module)
-    if isinstance(module, (QuantLinear, SparseLinear, QuantEmbedding, *_RECURRENT)):
+    if type(module) in TRAINABLE:
+        return partial(train_recurrent_, module)
+    recurrent = isinstance(module, Recurrent) and not isinstance(module, TrainRecurrent)
+    if recurrent or isinstance(module, (QuantLinear, SparseLinear, QuantEmbedding)):
+        kinds = ", ".join(kind.__name__ for kind in TRAINABLE)
         raise ValueError(
             f"train_form_: layer {name!r} is {type(module).__name__}; allowed: QuantLinear, QuantEmbedding, "
-            f"SparseLinear, SparseConv2d, no subclass; leave it out: Quantization(..., exclude=[{name!r}])"
+            f"SparseLinear, SparseConv2d, {kinds}, no subclass; leave it out: Quantization(..., exclude=[{name!r}])"
         )
     return None
 
@@ -73,18 +78,18 @@ def train_form_(model: nn.Module, *, mask_from: float | None = None) -> nn.Modul
     """Gives every compressed layer of `model` float32 master weights to train, in place; compressed_form_ undoes it.
 
     QuantLinear, SparseLinear and the product of a SparseConv2d become TrainLinear, QuantEmbedding becomes
-    TrainEmbedding; biases train too. Fused blocks (fuse_) stay and run their parts one by one. A layer trains with the
-    weights that it will have when compressed again; a 4-bit symmetric grid moves, by up to a fifteenth, with the first
-    step, as its scales are those of the masters from then on.
+    TrainEmbedding; QuantLSTM, QuantGRU and the cells become TrainLSTM and so on, their weights TrainLinear. Biases
+    train too. Fused blocks (fuse_) stay and run their parts one by one. A layer trains with the weights that it will
+    have when compressed again; a 4-bit symmetric grid moves, by up to a fifteenth, with the first step, as its scales
+    are those of the masters from then on.
 
-    Zeros of a SparseLinear stay zero. So do those of a QuantLinear, nn.Linear or nn.Conv2d of which at least the share
-    `mask_from` is zero, but not all (0 < mask_from <= 1; None: 0.1, and 0.4 for 4-bit weights, which have many zeros
-    unpruned), those among them that rounding made included; a lower share counts as chance and trains. An nn.Linear
-    and the like keeps its dtype and parameter.
+    Zeros of a SparseLinear stay zero. So do those of a QuantLinear (a recurrent layer's too), nn.Linear or nn.Conv2d of
+    which at least the share `mask_from` is zero, but not all (0 < mask_from <= 1; None: 0.1, and 0.4 for 4-bit weights,
+    which have many zeros unpruned), those among them that rounding made included; a lower share counts as chance and
+    trains. An nn.Linear and the like keeps its dtype and parameter.
 
     Returns `model`, or its training form where it is itself a layer. Raises ValueError, before anything is changed, for
-    a recurrent layer, whose hidden state is rounded at every step inside the kernel, for a pruned subclass of a layer,
-    and when there is no compressed layer.
+    a subclass of a compressed layer or of a pruned one, and when there is no compressed layer.
     """
     if mask_from is not None and not 0 < mask_from <= 1:
         raise ValueError(f"train_form_: mask_from is {mask_from!r}; allowed: 0 < mask_from <= 1, or None")
@@ -106,7 +111,7 @@ def compressed_form_(model: nn.Module, *, fuse: bool = True) -> nn.Module:
     # Those that change in place come last: when a weight raises an error, nothing has changed.
     plan: Plan = {
         module: module.compressed
-        for kinds in ((TrainLinear, TrainEmbedding), (Masked,))
+        for kinds in ((TrainLinear, TrainEmbedding), (Masked, TrainRecurrent))
         for module in model.modules()
         if isinstance(module, kinds)
     }

@@ -55,9 +55,13 @@ def requantize(
     return values, torch.where(moved, scale, old_scale), zero_point
 
 
-def quantized_rows(x: Tensor) -> Tensor:
+@torch.no_grad()
+def rounded_rows(x: Tensor) -> Tensor:
     """x f32 [..., k] as the w8a8 and w4a8 kernels see it: uint8 with a scale and zero point a row, dequantized."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    q, scale, zero_point = reference.quantize_rows(rows)
-    rounded = (q - zero_point[:, None]).to(torch.float32) * scale[:, None]
-    return straight_through(x, rounded.view(x.shape))
+    q, scale, zero_point = reference.quantize_rows(x.reshape(-1, x.shape[-1]))
+    return ((q - zero_point[:, None]).to(torch.float32) * scale[:, None]).view(x.shape)
+
+
+def quantized_rows(x: Tensor) -> Tensor:
+    """rounded_rows of x, with the gradient of x."""
+    return straight_through(x, rounded_rows(x))
