@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lepton_ai.distributed.pipeline_parallel import Pipeline
 from lepton_ai.distributed.slicing import can_slice
 from lepton_ai.distributed.tensor_parallel import ColumnParallel, ParallelLayer, RowParallel, why_not_row
+from lepton_kernels.nn.quant_recurrent import Recurrent
 
 DIMENSIONS = ("data", "pipeline", "tensor")
 SPLITS = ("column", "column-split", "row")
@@ -65,7 +66,8 @@ class ModelParallel:
     def split_(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         """Puts this process's slices in the place of the model's layers; returns the model.
 
-        model: the same on every process, with nn.Linear, QuantLinear or SparseLinear layers. What is random outside the
+        model: the same on every process, with nn.Linear, QuantLinear or SparseLinear layers; recurrent
+        ones stay whole. What is random outside the
         split layers (dropout) has to be drawn alike by the processes that share them. Raises ValueError for a mesh of
         another size, a glob that matches no layer, a layer that can not be split as planned and, with tensor above 1, a
         model with nothing to split, before anything is changed. The result can not be copied or saved as it is: see
@@ -100,7 +102,12 @@ class ModelParallel:
 
     def _chosen(self, model: nn.Module) -> dict[nn.Module, str]:
         """The split of every layer that gets one; each has been checked."""
-        layers = [(name, layer) for _, _, name, layer in _sites(model) if can_slice(layer)]
+        # The kernel of a recurrent layer reads the whole weights of its parts.
+        layers = [
+            (name, layer)
+            for parent, _, name, layer in _sites(model)
+            if can_slice(layer) and not isinstance(parent, Recurrent)
+        ]
         tied = _tied(model)
         if self.plan is None:
             chosen = {layer: "column" for _, layer in layers if self._why_not(layer, "column", tied) is None}
