@@ -17,7 +17,7 @@ from lepton_ai.distributed import DataPartitioner
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-WINDOW, SENSORS = 128, 3
+WINDOW, SENSORS, FRAME = 128, 3, 16
 
 
 def windows(samples: int, seed: int) -> TensorDataset:
@@ -39,6 +39,19 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Linear(SENSORS * WINDOW, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 2)
     )  # fmt: skip
+
+
+class Recurrent(nn.Module):
+    """A GRU over frames of 16 samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(SENSORS * FRAME, 64, batch_first=True)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.view(-1, SENSORS, WINDOW // FRAME, FRAME).transpose(1, 2).flatten(2)
+        return self.head(self.gru(frames)[0].amax(1))
 
 
 def size_of(model: nn.Module) -> int:
@@ -81,10 +94,18 @@ def main() -> None:
         small = trained(small).model  # type: ignore[arg-type, assignment]
         small.save(f"sensor_windows_{scheme}.safetensors")
         rows[f"2:4, {scheme}"] = small.model, small.report().file_bytes or 0
-    print(f"{'':10}  accuracy  us a window  memory, bytes   file, bytes")
+    recurrent = trained(Recurrent()).model
+    assert isinstance(recurrent, nn.Module)
+    rows["GRU, float32"] = recurrent, size_of(recurrent)
+    int8 = LeptonModel(recurrent).compress(Quantization("w8a8", include=[nn.GRU, nn.Linear]), Compression("huffman"))
+    again = trained(int8).model  # type: ignore[arg-type]
+    for name, small in (("GRU, w8a8", int8), ("GRU, w8a8, trained", again)):  # type: ignore[assignment]
+        small.save("sensor_windows_gru.safetensors")
+        rows[name] = small.model, small.report().file_bytes or 0
+    print(f"{'':18}  accuracy  us a window  memory, bytes   file, bytes")
     for name, (model, file) in rows.items():
         right, micros = measured(model, unseen)
-        print(f"{name:10}  {right:8.3f}  {micros:11.1f}  {size_of(model):13}  {file:12}")
+        print(f"{name:18}  {right:8.3f}  {micros:11.1f}  {size_of(model):13}  {file:12}")
 
 
 if __name__ == "__main__":

@@ -66,12 +66,11 @@ class ModelParallel:
     def split_(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         """Puts this process's slices in the place of the model's layers; returns the model.
 
-        model: the same on every process, with nn.Linear, QuantLinear or SparseLinear layers; recurrent
-        ones stay whole. What is random outside the
-        split layers (dropout) has to be drawn alike by the processes that share them. Raises ValueError for a mesh of
-        another size, a glob that matches no layer, a layer that can not be split as planned and, with tensor above 1, a
-        model with nothing to split, before anything is changed. The result can not be copied or saved as it is: see
-        whole_state.gather_state.
+        model: the same on every process, with nn.Linear, QuantLinear or SparseLinear layers; recurrent ones stay whole.
+        What is random outside the split layers (dropout) has to be drawn alike by the processes that share them. Raises
+        ValueError for a mesh of another size, a glob that matches no layer, a layer that can not be split as planned
+        and, with tensor above 1, a model with nothing to split, before anything is changed. The result can not be
+        copied or saved as it is: see whole_state.gather_state.
         """
         if mesh["tensor"].size() != self.tensor:
             raise ValueError(f"split_: the mesh has {mesh['tensor'].size()} in 'tensor'; allowed: {self.tensor}")
