@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lepton_ai.distributed import exchange
 from lepton_ai.distributed.slicing import State, columns_of, join_columns, join_rows, rows_of, shares
@@ -112,7 +113,10 @@ def _quantize_rows(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor,
 def _int8_products(q: Tensor, zero: Tensor, weight: Tensor) -> Tensor:
     """(q - zero) @ W^T int32 [m, n], exact, from q int32 [m, k] in 0 to 255, zero int32 [m] and W int8 [n, k]."""
     ones = torch.ones(1, q.shape[1], dtype=torch.int8)  # one row more: the sums of the weights
-    products = torch._int_mm(torch.cat([(q - 128).to(torch.int8), ones]), weight.T)
+    rows = torch.cat([(q - 128).to(torch.int8), ones])
+    if q.shape[1] == 1:  # torch 2.13's oneDNN product takes a transposed single column for one row after another
+        rows, weight = functional.pad(rows, (0, 1)), functional.pad(weight, (0, 1))
+    products = torch._int_mm(rows, weight.T)
     return products[:-1] + (128 - zero)[:, None] * products[-1]
 
 
