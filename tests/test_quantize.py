@@ -153,6 +153,64 @@ def test_bits_are_a_grid_and_the_error_a_half_step_of_it(bits, tmp_path):
     assert torch.equal(fresh(index), model(index))
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w6a16"])
+def test_rows_share_a_step_and_the_file_is_smaller(scheme, tmp_path):
+    def fresh() -> nn.Module:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Embedding(300, 65), nn.Linear(65, 130)).eval()
+        with torch.no_grad():
+            for part in model:  # rows of which some need a coarser grid than the step, and one of zeros
+                part.weight.normal_().mul_(torch.linspace(0.0, 4.0, len(part.weight))[:, None])
+        return model
+
+    plain, coarse = fresh(), fresh()
+    before = [part.weight.detach().clone() for part in coarse]
+    lk.quantize_(plain, scheme, include=[nn.Embedding, nn.Linear])
+    lk.quantize_(coarse, scheme, step=0.1, include=[nn.Embedding, nn.Linear])
+    limit = lk.QuantScheme.of(scheme).limit
+    for part, weight in zip(coarse, before, strict=True):
+        step = 0.1 * weight.square().mean().sqrt()
+        least = (weight.abs().amax(1, keepdim=True) / limit).clamp(min=step)
+        torch.testing.assert_close(part.weight_scale, least)
+        assert ((part.weight - weight).abs() <= part.weight_scale / 2 * (1 + 1e-5)).all()
+    for name, model in (("plain", plain), ("coarse", coarse)):
+        lk.save(model, tmp_path / name)
+    assert (tmp_path / "coarse").stat().st_size < (tmp_path / "plain").stat().st_size
+    loaded = lk.load(tmp_path / "coarse", model=fresh())
+    assert (loaded[0].step, loaded[1].scheme) == (coarse[0].step, coarse[1].scheme)
+    assert loaded[0].step > 0
+    index = torch.randint(0, 300, (4, 7))
+    assert torch.equal(loaded(index), coarse(index))
+
+
+def test_a_step_of_a_sparse_layer_is_in_the_file(tmp_path):
+    linear = nn.Linear(32, 16)
+    lk.prune_(nn.Sequential(linear), 0.5)
+    model = nn.Sequential(lk.nn.SparseLinear.from_linear(linear, scheme=lk.QuantScheme(step=0.02)))
+    lk.save(model, tmp_path / "a")
+    loaded = lk.load(tmp_path / "a", model=nn.Sequential(nn.Linear(32, 16)))
+    assert loaded[0].scheme == lk.QuantScheme(step=0.02)
+    x = torch.randn(3, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_bad_steps_are_refused():
+    model = nn.Sequential(nn.Linear(32, 16), nn.LSTM(8, 8))
+    for step in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"step is .* with w8a8; allowed: a finite number, 0 or more"):
+            lk.quantize_(model, "w8a8", step=step)
+        with pytest.raises(ValueError, match=r"QuantScheme: step is .*; allowed: a finite number"):
+            lk.QuantScheme(step=step)
+    with pytest.raises(ValueError, match=r"step is 0.1 with w4a16; allowed: 0 at 4 bits"):
+        lk.quantize_(model, "w4a16", step=0.1)
+    with pytest.raises(ValueError, match=r"QuantScheme: step is 0.1 with 4 bits"):
+        lk.QuantScheme(4, 32, step=0.1)
+    with pytest.raises(ValueError, match=r"step is 0.1 and the scheme's own 0.2"):
+        lk.quantize_(model, lk.QuantScheme(step=0.2), step=0.1)
+    report = lk.quantize_(model, "w8a8", step=0.1, include=[nn.Linear, nn.LSTM])
+    assert [row.skipped for row in report.rows] == [None, "recurrent layers have a scale for each row; step is 0.1"]
+
+
 @pytest.mark.parametrize("scheme", ["w3a8", "w9a8", "w8a4", "w6", "int8"])
 def test_unknown_schemes_are_refused(scheme):
     with pytest.raises(ValueError, match=r"scheme is .*; allowed: 'w8a8'"):

@@ -44,7 +44,8 @@ class QuantEmbedding(nn.Module):
         if embedding.max_norm is not None:
             raise ValueError(f"QuantEmbedding: max_norm is {embedding.max_norm}; allowed: None")
         weight = embedding.weight.detach()
-        layer = cls(*weight.shape, embedding.padding_idx, weight.dtype, weight.device, weight_bits, step)
+        rows, dim = weight.shape
+        layer = cls(rows, dim, embedding.padding_idx, weight.dtype, weight.device, weight_bits, step)
         layer.weight_packed, layer.weight_scale, _ = quantize_weight(weight, QuantScheme(weight_bits, step=step))
         return layer.train(embedding.training)
 

@@ -22,8 +22,8 @@ class ExplainedLayer:
     kind: the class it is of now. scheme: of its weights: "w8a8", "int8", ...; the dtype where they are not quantized.
     zeros: the share of them that pruning left, pattern and method: of that step; None and "" where it was not pruned.
     pruning_error, quantization_error: Frobenius norm of the step's change of the weight over that of the weight before
-    it, None where it did nothing. kernel: what multiplies; "torch" for torch's own. fused: what the layer is part of.
-    notes: what held a step back, or why nothing was done.
+    it, None where it did nothing. step: QuantScheme's, in the weight's unit. kernel: what multiplies; "torch" for
+    torch's own. fused: what the layer is part of. notes: what held a step back, or why nothing was done.
     """
 
     name: str
@@ -38,6 +38,7 @@ class ExplainedLayer:
     method: str = ""
     pruning_error: float | None = None
     quantization_error: float | None = None
+    step: float = 0.0
     fused: str = ""
     notes: tuple[str, ...] = ()
 
@@ -60,6 +61,7 @@ class Explanation:
             "pruned by": [f"{row.method} {row.pattern}".strip() for row in self.rows],
             "error": [_figure(row.pruning_error) for row in self.rows],
             "weights": [row.scheme for row in self.rows],
+            "step": [f"{row.step:.4g}" if row.step else "" for row in self.rows],
             "quant. error": [_figure(row.quantization_error) for row in self.rows],
             "before": [f"{row.bytes_before:,}" for row in self.rows],
             "after": [f"{row.bytes_after:,}" for row in self.rows],
@@ -78,7 +80,7 @@ def _figure(value: float | None) -> str:
 
 def _table(columns: Mapping[str, list[str]]) -> list[str]:
     """Lines of cells under their titles, numbers to the right."""
-    numbers = {"shape", "zeros", "error", "quant. error", "before", "after"}
+    numbers = {"shape", "zeros", "error", "quant. error", "step", "before", "after"}
     aligned = []
     for title, cells in columns.items():
         width = max(map(len, [title, *cells]))
@@ -111,15 +113,16 @@ def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(next(iter(tensors.values())).shape) if stored is None else tuple(stored.tolist())
 
 
-def _scheme(module: Any, tensors: Mapping[str, Tensor]) -> str:
+def _scheme(module: Any, tensors: Mapping[str, Tensor]) -> tuple[str, float]:
+    """What the weights are stored as, and the step that they share."""
     if isinstance(module, lk.nn.QuantEmbedding):
-        return "int8"
+        return f"int{module.weight_bits}", module.step
     if isinstance(module, _RECURRENT):
-        return "w8a8"
+        return "w8a8", 0.0
     scheme = getattr(module.product if isinstance(module, lk.nn.SparseConv2d) else module, "scheme", None)
     if isinstance(scheme, lk.QuantScheme):
-        return scheme.name
-    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        return scheme.name, scheme.step
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch."), 0.0
 
 
 def _kernel(module: nn.Module, scheme: str, on_gpu: bool) -> str:
@@ -129,14 +132,16 @@ def _kernel(module: nn.Module, scheme: str, on_gpu: bool) -> str:
     if isinstance(module, (lk.nn.SparseLinear, lk.nn.SparseConv2d)):
         return served["sparse"].get(scheme, served["sparse"]["float"])
     if isinstance(module, lk.nn.QuantLinear):
-        return (served["cuda" if on_gpu else "cpu"] or {}).get(scheme, "none: triton is not installed")
+        stored = f"w{module.scheme.stored_bits}{scheme[2:]}"
+        return (served["cuda" if on_gpu else "cpu"] or {}).get(stored, "none: triton is not installed")
     return "torch"
 
 
 def _explained(name: str, module: nn.Module, pruning: Any, quantization: Any, fused: str, left: str) -> ExplainedLayer:
     """The row of a layer; pruning, quantization: its rows of the reports or None; left: why nothing was done to it."""
     tensors = _own_tensors(module)
-    scheme, after = _scheme(module, tensors), sum(t.numel() * t.element_size() for t in tensors.values())
+    scheme, step = _scheme(module, tensors)
+    after = sum(t.numel() * t.element_size() for t in tensors.values())
     kernel = _kernel(module, scheme, next(iter(tensors.values())).is_cuda)
     reasons = {"pruned": pruning and pruning.skipped, "quantized": quantization and quantization.skipped}
     notes = [f"not {done}: {reason}" for done, reason in reasons.items() if reason]
@@ -145,8 +150,9 @@ def _explained(name: str, module: nn.Module, pruning: Any, quantization: Any, fu
     if left and not (pruning or quantization or fused):
         notes.append(left)
     row = ExplainedLayer(
-        name, type(module).__name__, _shape(tensors), scheme, after, after, kernel, fused=fused, notes=tuple(notes)
-    )
+        name, type(module).__name__, _shape(tensors), scheme, after, after, kernel, step=step, fused=fused,
+        notes=tuple(notes),
+    )  # fmt: skip
     if pruning and not pruning.skipped:
         row = replace(row, zeros=pruning.sparsity_after, pattern=pruning.pattern, method=pruning.method,
                       pruning_error=pruning.relative_error)  # fmt: skip

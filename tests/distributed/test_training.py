@@ -32,6 +32,7 @@ SCHEMES = {
     "w8a8": QuantScheme.of("w8a8"),
     "w8a16": QuantScheme.of("w8a16"),
     "w6a8": QuantScheme.of("w6a8"),
+    "w8a8 step": QuantScheme(step=0.01),  # a seventh of the root mean square
     "w4a8": QuantScheme.of("w4a8"),
     "w4a16": QuantScheme.of("w4a16"),
     "w4a8 groups": QuantScheme(4, 16, False),

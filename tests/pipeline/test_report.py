@@ -161,6 +161,28 @@ def test_a_row_for_each_layer_says_what_changed_and_why(net, tmp_path):
         assert (again.zeros, again.notes) == (None, ())
 
 
+@pytest.mark.parametrize("bits", [6, 8])
+def test_a_step_is_told_and_survives_the_file_and_training(bits, net, tmp_path):
+    kinds = [nn.Linear, nn.Embedding]
+    compressed = LeptonModel(net).compress(Quantization(f"w{bits}a8", step=0.1, include=kinds))
+    rows = {row.name: row for row in compressed.explain().rows}
+    served = lk.backends()["cpu"]["w8a8"]
+    assert (rows["table"].scheme, rows["body.0"].scheme, rows["body.0"].kernel) == (f"int{bits}", f"w{bits}a8", served)
+    for name in ("table", "body.0", "body.2"):
+        weight = net.get_submodule(name).weight
+        assert rows[name].step == pytest.approx(0.1 * weight.detach().square().mean().sqrt().item(), rel=1e-6)
+    assert (rows["norm"].step, rows["memory"].step) == (0, 0)
+    assert f"{rows['table'].step:.4g}" in str(compressed.explain())
+    compressed.save(tmp_path / "a")
+    loaded = CompressedModel.load(tmp_path / "a", Net().eval())
+    assert [row.step for row in loaded.explain().rows] == [row.step for row in rows.values()]
+    trained = loaded.retrained(loaded.trainable())
+    assert [row.step for row in trained.explain().rows] == [row.step for row in rows.values()]
+    assert all(torch.equal(a, b) for a, b in zip(
+        trained.model.state_dict().values(), compressed.model.state_dict().values(), strict=True
+    ))  # fmt: skip
+
+
 def test_layers_that_no_kernel_can_take_say_why(net):
     net.body[2].weight.data[0, 0] = math.nan
     net.tied = nn.Linear(96, 50)
