@@ -326,7 +326,8 @@ def test_what_training_leaves_alone_keeps_its_grid(name):
     group[4, 20 // size * size : (20 // size + 1) * size] = True
     assert torch.equal(model[1].weight[~group], layer.weight[~group])
     moved = model[1].weight_scale != layer.weight_scale
-    assert moved.nonzero().tolist() == [[4, 20 // size]]
+    # 0.9 is within 127 steps of 0.01: a row that shares the step keeps it.
+    assert moved.nonzero().tolist() == ([] if layer.scheme.step else [[4, 20 // size]])
     # Half a step, also where the grid ends below the largest value, and eight steps of a scale rounded to bf16.
     step = float(model[1].weight_scale[4, 20 // size])
     assert abs(float(model[1].weight[4, 20] - layer.weight[4, 20]) - 0.9) <= step * (0.5 + 2.0**-8 * 8)
