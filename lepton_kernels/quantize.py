@@ -151,8 +151,8 @@ def quantize_(
     (of 5, 6 or 7 bits where the scheme's weights are), and nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell and nn.RNNCell, by
     w8a8 alone.
 
-    step: QuantScheme's, in root mean squares of each layer's weight; 5 to 8 bits. 0.05 to 0.2 make an entropy-coded
-    file smaller at the same error than fewer bits do; 0: every row has the least scale that holds it.
+    step: QuantScheme's, in root mean squares of each layer's weight; 5 to 8 bits. With 0.1 an entropy-coded file of
+    MiniLM is as large as with w6a8 and the error smaller. 0: every row has the least scale that holds it.
     include, exclude: names, globs over names, types or callables (name, module) -> bool. `include` narrows the layers
     to those it picks. Returns a row a layer. Raises ValueError when a selector matches nothing, when nothing changed,
     and, with strict=True, when any layer was skipped (before anything is changed).

@@ -261,6 +261,12 @@ def test_the_command_line_measures_and_explains(folder, tmp_path):
     assert "not quantized: excluded" in text
     assert "fidelity: cosine" in text
     assert lepton("--price", 1)[0] == 2
+    (tmp_path / "a").unlink()
+    for price, allowed in (("nan", "greater than or equal to 0"), ("inf", "allowed: a finite number, 0 or more")):
+        code, text = lepton("--measure", "--price", price)
+        assert code == 2
+        assert allowed in text
+    assert not (tmp_path / "a").exists()
     (tmp_path / "mine.py").write_text("from torch import nn\nnet = nn.Sequential(nn.Linear(64, 64))\n")
     result = CliRunner().invoke(app, ["compress", f"{tmp_path}/mine.py:net", "-o", f"{tmp_path}/b", "--measure"])
     assert result.exit_code == 2

@@ -84,9 +84,9 @@ def train_form_(model: nn.Module, *, mask_from: float | None = None) -> nn.Modul
     are those of the masters from then on.
 
     Zeros of a SparseLinear stay zero. So do those of a QuantLinear (a recurrent layer's too), nn.Linear or nn.Conv2d of
-    which at least the share `mask_from` is zero, but not all (0 < mask_from <= 1; None: 0.1, and 0.4 for 4-bit weights,
-    which have many zeros unpruned), those among them that rounding made included; a lower share counts as chance and
-    trains. An nn.Linear and the like keeps its dtype and parameter.
+    which at least the share `mask_from` is zero, but not all (0 < mask_from <= 1; None: 0.1 for 8 bits, more
+    for fewer, 0.4 for 4 bits or with a step, as coarse grids have many zeros unpruned), those among them that rounding
+    made included; a lower share counts as chance and trains. An nn.Linear and the like keeps its dtype and parameter.
 
     Returns `model`, or its training form where it is itself a layer. Raises ValueError, before anything is changed, for
     a subclass of a compressed layer or of a pruned one, and when there is no compressed layer.
