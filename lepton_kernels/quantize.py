@@ -1,9 +1,8 @@
 """quantize_: replace a model's layers by quantized ones, in place, and say what was done to each."""
 
 import copy
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
 from lepton_kernels.nn import quant_recurrent as recurrent
+from lepton_kernels.quantizers import check_step, with_step
 from lepton_kernels.scheme import QuantScheme
 
 _RECURRENT = tuple(recurrent.REPLACEMENTS)
@@ -78,18 +78,10 @@ def _relative_error(module: nn.Module, replacement: nn.Module) -> float:
     return float(torch.stack(changes).norm() / norm.clamp(min=1e-30))
 
 
-def _with_step(scheme: QuantScheme, weight: Tensor, step: float) -> QuantScheme:
-    """The scheme with `step` root mean squares of the weight, which are of float64 and so the same on every machine."""
-    if not step:
-        return scheme
-    rms = weight.detach().double().square().mean().sqrt()
-    return replace(scheme, step=float((step * rms).to(torch.float32)))
-
-
 def _quantized(module: Any, scheme: QuantScheme, step: float) -> tuple[nn.Module, str, str]:
     """(the replacement, the name of its scheme, the kernel that serves it)."""
     if not isinstance(module, _RECURRENT):
-        scheme = _with_step(scheme, module.weight, step)
+        scheme = with_step(scheme, module.weight, step)
     if isinstance(module, nn.Embedding):
         bits = scheme.weight_bits if scheme.stored_bits == 8 else 8
         return QuantEmbedding.from_embedding(module, bits, scheme.step), f"int{bits}", "torch"
@@ -158,11 +150,7 @@ def quantize_(
     and, with strict=True, when any layer was skipped (before anything is changed).
     """
     chosen = QuantScheme.of(scheme, group_size)
-    if not 0 <= step < math.inf or (step and chosen.stored_bits == 4):
-        allowed = "0 at 4 bits" if chosen.stored_bits == 4 else "a finite number, 0 or more"
-        raise ValueError(f"quantize_: step is {step} with {chosen.name}; allowed: {allowed}")
-    if step and chosen.step:
-        raise ValueError(f"quantize_: step is {step} and the scheme's own {chosen.step}; allowed: one of them")
+    check_step("quantize_", chosen, step)
     selectors, excluded = as_selectors(include), as_selectors(exclude)
     sites = [site for site in sites_of(model) if isinstance(site[3], (nn.Linear, nn.Embedding, *_RECURRENT))]
     named = [(name, module) for _, _, name, module in sites]

@@ -1,10 +1,30 @@
 """Weights to integers: round to nearest, on a grid per channel (5 to 8 bit) or per group (4 bit). Runs once a layer."""
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lepton_kernels import reference
 from lepton_kernels.scheme import QuantScheme
+
+
+def check_step(function: str, scheme: QuantScheme, step: float) -> None:
+    """Raises ValueError unless with_step can give the scheme this step."""
+    if not 0 <= step < math.inf or (step and scheme.stored_bits == 4):
+        allowed = "0 at 4 bits" if scheme.stored_bits == 4 else "a finite number, 0 or more"
+        raise ValueError(f"{function}: step is {step} with {scheme.name}; allowed: {allowed}")
+    if step and scheme.step:
+        raise ValueError(f"{function}: step is {step} and the scheme's own {scheme.step}; allowed: one of them")
+
+
+def with_step(scheme: QuantScheme, weight: Tensor, step: float) -> QuantScheme:
+    """The scheme with `step` root mean squares of the weight, which are of float64 and so the same on every machine."""
+    if not step:
+        return scheme
+    rms = weight.detach().double().square().mean().sqrt()
+    return replace(scheme, step=float((step * rms).to(torch.float32)))
 
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor | None]:

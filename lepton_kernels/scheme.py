@@ -54,6 +54,11 @@ class QuantScheme:
         return f"w{self.weight_bits}a{8 if self.activation == 'int8' else 16}"
 
     @property
+    def kernels(self) -> str:
+        """The name of the scheme whose kernels serve it: "w8a8" for "w6a8"."""
+        return f"w{self.stored_bits}{self.name[2:]}"
+
+    @property
     def stored_bits(self) -> int:
         """8 where a weight is an int8 (5 to 8 bits), 4 where eight share an int32."""
         return 4 if self.weight_bits == 4 else 8

@@ -183,17 +183,6 @@ def test_rows_share_a_step_and_the_file_is_smaller(scheme, tmp_path):
     assert torch.equal(loaded(index), coarse(index))
 
 
-def test_a_step_of_a_sparse_layer_is_in_the_file(tmp_path):
-    linear = nn.Linear(32, 16)
-    lk.prune_(nn.Sequential(linear), 0.5)
-    model = nn.Sequential(lk.nn.SparseLinear.from_linear(linear, scheme=lk.QuantScheme(step=0.02)))
-    lk.save(model, tmp_path / "a")
-    loaded = lk.load(tmp_path / "a", model=nn.Sequential(nn.Linear(32, 16)))
-    assert loaded[0].scheme == lk.QuantScheme(step=0.02)
-    x = torch.randn(3, 32)
-    assert torch.equal(loaded(x), model(x))
-
-
 def test_bad_steps_are_refused():
     model = nn.Sequential(nn.Linear(32, 16), nn.LSTM(8, 8))
     for step in (-0.1, float("nan"), float("inf")):

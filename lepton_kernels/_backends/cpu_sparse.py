@@ -37,6 +37,10 @@ _ROW_COST = {
     "generic": 4.0, "ssse3": 4.0, "avx2": 12.0, "avxvnni": 12.0, "avx512vnni": 16.0, "avx512vbmi2": 16.0, "amx": 16.0,
     "neondot": 12.0, "neoni8mm": 12.0,
 }  # fmt: skip
+_NARROW = 31  # kNarrow in csrc/cpu/packed_weight.h: the largest magnitude of weights for which avx2 has another kernel
+# Time of a weight of that kernel, with two rows and more, over that of the dense int8 kernel: measured at level avx2 of
+# a processor with AVX-512, 2048 x 2048, 1 thread, 0.60 with 128 rows and 0.65 with 16. With one row memory decides.
+_NARROW_COST = {"avx2": 0.63}
 # Items of twins over nonzeros (0.5: neighbouring rows share all columns) below which they are the faster: four
 # multiply-adds a nonzero take 2.5 cycles where X is loaded for each, 2 where it is loaded for two.
 _TWINS = 0.6
@@ -112,9 +116,9 @@ class Int8Weight:
     It holds none of the saved tensors, so that it goes when they go.
     """
 
-    def __init__(self, n: int, k: int, pairs: int, groups: int, steps: int) -> None:
+    def __init__(self, n: int, k: int, pairs: int, groups: int, steps: int, largest: int) -> None:
         weights = max(n * k, 1)
-        self.n, self.k, self.steps = n, k, steps
+        self.n, self.k, self.steps, self.narrow = n, k, steps, largest <= _NARROW
         # Shares of the weights that each kernel multiplies, zeros among them.
         self.pairs, self.groups = 2 * pairs / weights, groups * C.group_columns() / weights
         self.blocks = steps * C.step_bytes() / weights
@@ -129,7 +133,7 @@ class Int8Weight:
             return known
         isa, empty = C.isa(), max(1.0, _STREAM_ROWS / max(m, 1))
         costs = {
-            "dense": 1.0,
+            "dense": _NARROW_COST.get(isa, 1.0) if self.narrow and m > 1 else 1.0,
             "blocks": _BLOCK_COST * self.blocks,
             "groups": _STREAM_START + self.groups * _GROUP_COST[isa] * empty,
             "pairs": _STREAM_START + self.pairs * _PAIR_COST[isa] * empty,
@@ -250,7 +254,8 @@ def pack(sources: Sources, k: int, group_size: int = -1) -> Weight:
         if values.dtype is torch.int8:
             pairs, groups = (C.count_items(mask.data_ptr(), n, k, form, C.SPARSE_SLICE) for form in (PAIRS, GROUPS))
             dense = reference.expand_sparse(values, bitmask, k)
-            return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k))
+            largest = int(values.to(torch.int16).abs().max()) if nonzeros else 0
+            return Int8Weight(n, k, pairs, groups, C.count_steps(dense.data_ptr(), n, k), largest)
         twins = C.count_items(mask.data_ptr(), n, k, TWINS, C.SPARSE_SLICE)
         return FloatWeight(k, nonzeros, twins) if scale is None else Int4Weight(n, k, group_size, nonzeros, twins)
 

@@ -1,8 +1,8 @@
 """SparseLinear: torch.nn.Linear whose weight is mostly zeros, stored without them and multiplied without them.
 
 Y[..., out_features] = activation(X[..., in_features] @ W^T + bias), in X's dtype. Float weights: sums in float32.
-Scheme w8a8: int8 weights and quantized activations, the bits that QuantLinear gives for the same weight. Scheme w4a16:
-QuantLinear's 4-bit weights, activations left as they are. Buffers are in the saved, device-neutral layout
+Schemes w8a8 to w5a8: int8 weights and quantized activations, the bits that QuantLinear gives for the same weight.
+Scheme w4a16: QuantLinear's 4-bit weights, activations left as they are. Buffers are in the saved, device-neutral layout
 (docs/formats.md).
 """
 
@@ -21,7 +21,7 @@ from lepton_kernels.pattern import Pattern
 from lepton_kernels.quantizers import quantize_weight
 from lepton_kernels.scheme import QuantScheme
 
-SCHEMES = ("w8a8", "w4a16")  # which there are sparse layers of, by QuantScheme.name
+SCHEMES = ("w8a8", "w7a8", "w6a8", "w5a8", "w4a16")  # which there are sparse layers of, by QuantScheme.name
 
 
 def _scheme_of(scheme: str | QuantScheme | None) -> QuantScheme | None:
@@ -101,7 +101,8 @@ class SparseLinear(nn.Module):
         """The copy of a Linear without its zeros (prune_ makes them), with `activation` after it.
 
         pattern: as prune_ has it, to be sure of it; None takes the zeros as they are. scheme: None keeps the weights to
-        the bit, "w8a8", "w4a16" or such a QuantScheme quantizes them as QuantLinear does. `linear` is not changed.
+        the bit, "w8a8" (to "w5a8"), "w4a16" or such a QuantScheme, `step` included, quantizes them as QuantLinear does.
+        A zero stays a zero; a weight that is rounded to one is stored as one. `linear` is not changed.
         Raises ValueError for a weight that does not have the pattern, is no float of 16 or 32 bits, or holds NaN or
         infinity where it is to be quantized.
         """

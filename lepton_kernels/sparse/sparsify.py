@@ -14,6 +14,7 @@ from lepton_kernels._select import Selector, as_selectors, check_selectors, matc
 from lepton_kernels.nn import QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.nn.sparse_linear import SCHEMES
 from lepton_kernels.pattern import Pattern
+from lepton_kernels.quantizers import check_step, with_step
 from lepton_kernels.scheme import QuantScheme
 from lepton_kernels.sparse.calibration import Layer, as_matrix, call, evaluating
 from lepton_kernels.sparse.masks import finalize_
@@ -80,8 +81,10 @@ def _in_turn(candidates: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
     return {name: median(samples) for name, samples in times.items()}
 
 
-def _candidates(layer: Layer, scheme: QuantScheme | None) -> dict[str, Callable[[], nn.Module]]:
+def _candidates(layer: Layer, scheme: QuantScheme | None, step: float) -> dict[str, Callable[[], nn.Module]]:
     out: dict[str, Callable[[], nn.Module]] = {"dense": lambda: layer}
+    if scheme is not None:
+        scheme = with_step(scheme, layer.weight, step)
     if isinstance(layer, nn.Conv2d):
         out["sparse"] = lambda: SparseConv2d.from_conv(layer)
         if scheme is not None and scheme.name in SCHEMES:
@@ -96,7 +99,7 @@ def _candidates(layer: Layer, scheme: QuantScheme | None) -> dict[str, Callable[
 
 
 def _reason_to_skip(
-    name: str, module: Layer, shared: bool, exclude: Sequence[Selector], reached: tuple[int, ...] | None
+    name: str, module: Layer, shared: bool, exclude: Sequence[Selector], reached: tuple[int, ...] | None, quantize: bool
 ) -> str | None:
     if any(matches(selector, name, module) for selector in exclude):
         return "excluded"
@@ -114,6 +117,8 @@ def _reason_to_skip(
         return f"it has {module.groups} groups"
     if isinstance(module, nn.Conv2d) and reached is None:
         return "a convolution that no `example` reaches"
+    if quantize and not torch.isfinite(module.weight).all():
+        return "its weight holds NaN or infinity"
     return None
 
 
@@ -138,6 +143,7 @@ def sparsify_(
     model: nn.Module,
     *,
     scheme: str | QuantScheme | None = None,
+    step: float = 0.0,
     rows: Sequence[int] = (1, 128),
     example: Any = None,
     include: Sequence[Selector] | None = None,
@@ -146,15 +152,20 @@ def sparsify_(
     """Replaces every nn.Linear and nn.Conv2d of `model` by its fastest form on this machine, in place, after prune_.
 
     Candidates: the dense layer as it is, SparseLinear or SparseConv2d (the same weights to the bit), with `scheme`
-    ("w8a8", ...) QuantLinear, with "w8a8" and "w4a16" sparse layers of such weights too. Each is timed in turn on
-    random input, on torch's number of threads: an nn.Linear with each number of `rows`, an nn.Conv2d with the shape
-    that reaches it when the model gets `example` (a tensor, a tuple of arguments or a mapping of keywords; without one
-    they stay). That with the least product of its times wins; the dense layer stays where no other takes under 0.97 of
-    its time. Layers of one shape, type, pattern and share of zeros (in hundredths) are timed once. Masks
-    (prune_(keep_masks=True), GradualPruner) are dropped first. Returns a row a layer with all times. Raises ValueError
-    when a selector matches nothing, `rows` is empty or holds a number below 1, or there is no layer.
+    ("w8a8", ...) QuantLinear, with "w8a8" (to "w5a8") and "w4a16" sparse layers of such weights too. step: as in
+    quantize_; a weight's zeros count in its root mean square. Each is timed in turn on random input, on torch's number
+    of threads: an nn.Linear with each number of `rows`, an nn.Conv2d with the shape that reaches it when the model gets
+    `example` (a tensor, a tuple of arguments or a mapping of keywords; without one they stay). That with the least
+    product of its times wins; the dense layer stays where no other takes under 0.97 of its time. Layers of one shape,
+    type, pattern and share of zeros (in hundredths) are timed once. Masks (prune_(keep_masks=True), GradualPruner) are
+    dropped first. Returns a row a layer with all times. Raises ValueError when a selector matches nothing, `rows` is
+    empty or holds a number below 1, `step` does not go with the scheme, or there is no layer.
     """
     chosen_scheme = None if scheme is None else QuantScheme.of(scheme)
+    if chosen_scheme is not None:
+        check_step("sparsify_", chosen_scheme, step)
+    elif step:
+        raise ValueError(f"sparsify_: step is {step} without a scheme; allowed: 0, or a scheme of 5 to 8 bits")
     counts = tuple(rows)
     if not counts or min(counts) < 1:
         raise ValueError(f"sparsify_: rows is {rows!r}; allowed: one or more numbers, each 1 or more")
@@ -178,14 +189,15 @@ def sparsify_(
             continue
         shape, before = tuple(module.weight.shape), _bytes(module)
         zeros = 0.0 if module.weight.is_meta else float((module.weight == 0).float().mean())
-        reason = _reason_to_skip(name, module, len(owners[id(module.weight)]) > 1, excluded, reached.get(module))
+        shared = len(owners[id(module.weight)]) > 1
+        reason = _reason_to_skip(name, module, shared, excluded, reached.get(module), chosen_scheme is not None)
         if reason:
             report.rows.append(SparsifyRow(name, shape, zeros, "", before, before, skipped=reason))
             continue
         if id(module) in made:
             setattr(parent, attribute, made[id(module)][1])
             continue
-        builders = _candidates(module, chosen_scheme)
+        builders = _candidates(module, chosen_scheme, step)
         if isinstance(module, nn.Conv2d):
             shapes = [reached[module]]
             geometry: tuple[object, ...] = (module.stride, module.padding, module.dilation, module.padding_mode)

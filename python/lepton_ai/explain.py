@@ -113,27 +113,32 @@ def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(next(iter(tensors.values())).shape) if stored is None else tuple(stored.tolist())
 
 
+def _quant_scheme(module: Any) -> lk.QuantScheme | None:
+    """That of a quantized linear layer or convolution."""
+    scheme = getattr(module.product if isinstance(module, lk.nn.SparseConv2d) else module, "scheme", None)
+    return scheme if isinstance(scheme, lk.QuantScheme) else None
+
+
 def _scheme(module: Any, tensors: Mapping[str, Tensor]) -> tuple[str, float]:
     """What the weights are stored as, and the step that they share."""
     if isinstance(module, lk.nn.QuantEmbedding):
         return f"int{module.weight_bits}", module.step
     if isinstance(module, _RECURRENT):
         return "w8a8", 0.0
-    scheme = getattr(module.product if isinstance(module, lk.nn.SparseConv2d) else module, "scheme", None)
-    if isinstance(scheme, lk.QuantScheme):
+    scheme = _quant_scheme(module)
+    if scheme is not None:
         return scheme.name, scheme.step
     return str(next(iter(tensors.values())).dtype).removeprefix("torch."), 0.0
 
 
-def _kernel(module: nn.Module, scheme: str, on_gpu: bool) -> str:
-    served = lk.backends()
+def _kernel(module: nn.Module, on_gpu: bool) -> str:
+    served, scheme = lk.backends(), _quant_scheme(module)
     if isinstance(module, _RECURRENT):
         return served["recurrent"]
     if isinstance(module, (lk.nn.SparseLinear, lk.nn.SparseConv2d)):
-        return served["sparse"].get(scheme, served["sparse"]["float"])
+        return served["sparse"]["float" if scheme is None else scheme.kernels]
     if isinstance(module, lk.nn.QuantLinear):
-        stored = f"w{module.scheme.stored_bits}{scheme[2:]}"
-        return (served["cuda" if on_gpu else "cpu"] or {}).get(stored, "none: triton is not installed")
+        return (served["cuda" if on_gpu else "cpu"] or {}).get(module.scheme.kernels, "none: triton is not installed")
     return "torch"
 
 
@@ -142,7 +147,7 @@ def _explained(name: str, module: nn.Module, pruning: Any, quantization: Any, fu
     tensors = _own_tensors(module)
     scheme, step = _scheme(module, tensors)
     after = sum(t.numel() * t.element_size() for t in tensors.values())
-    kernel = _kernel(module, scheme, next(iter(tensors.values())).is_cuda)
+    kernel = _kernel(module, next(iter(tensors.values())).is_cuda)
     reasons = {"pruned": pruning and pruning.skipped, "quantized": quantization and quantization.skipped}
     notes = [f"not {done}: {reason}" for done, reason in reasons.items() if reason]
     if pruning and pruning.note:

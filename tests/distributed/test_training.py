@@ -66,11 +66,14 @@ LINEAR = {
     "sparse": lambda: SparseLinear.from_linear(linear(True), "2:4", activation="silu"),
     "sparse bf16": lambda: SparseLinear.from_linear(linear(True).bfloat16(), "2:4").bfloat16(),
     "sparse w8a8": lambda: SparseLinear.from_linear(linear(True, False), "2:4", "w8a8", "gelu"),
+    "sparse w6a8": lambda: SparseLinear.from_linear(linear(True), "2:4", "w6a8"),
+    "sparse w8a8 step": lambda: SparseLinear.from_linear(linear(True), "2:4", QuantScheme(step=0.01), "relu"),
     "sparse w4a16": lambda: SparseLinear.from_linear(linear(True), "2:4", "w4a16"),
 }
 OTHERS = {
     "convolution": lambda: SparseConv2d.from_conv(convolution()),
     "convolution w8a8": lambda: SparseConv2d.from_conv(convolution(), scheme="w8a8", activation="relu"),
+    "convolution w5a8 step": lambda: SparseConv2d.from_conv(convolution(), scheme=QuantScheme(5, step=0.02)),
     "pruned linear": lambda: linear(True),
     "pruned linear bf16": lambda: linear(True).bfloat16(),
     "pruned convolution": convolution,

@@ -14,7 +14,7 @@ from lepton_kernels.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import ISAS
-from operands import DTYPES
+from operands import DTYPES, NARROW
 
 ROWS = [0, 1, 2, 5, 6, 7, 13, 16, 17, 25, 33, 49, 130]  # one, below, at and past the blocks of rows of every level
 SIZES = [  # (n, k)
@@ -28,15 +28,15 @@ PATTERNS = ["unstructured", "16x4", "1x4"]
 KERNELS = ["blocks", "groups", "pairs", "dense"]
 
 
-def make(n: int, k: int, sparsity: float, pattern: str, rng: torch.Generator):
+def make(n: int, k: int, sparsity: float, pattern: str, rng: torch.Generator, largest: int = 127):
     mask = Pattern.of(pattern).keep(torch.rand(n, k, generator=rng) + 0.01, sparsity)
-    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng)[mask]
+    values = torch.randint(-largest, largest + 1, (n, k), dtype=torch.int8, generator=rng)[mask]
     scale = torch.rand(n, 1, generator=rng) * 0.01 + 1e-3
     return values, reference.pack_bitmask(mask), scale
 
 
-def check(m: int, n: int, k: int, sparsity: float, pattern: str, dtype: torch.dtype, act: str, rng) -> None:
-    values, bitmask, scale = make(n, k, sparsity, pattern, rng)
+def check(m, n, k, sparsity: float, pattern: str, dtype: torch.dtype, act: str, rng, largest: int = 127) -> None:
+    values, bitmask, scale = make(n, k, sparsity, pattern, rng, largest)
     x, bias = torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
     want = reference.sparse_linear(x, values, bitmask, scale, bias)
     sources = values, bitmask, scale
@@ -52,9 +52,10 @@ def check(m: int, n: int, k: int, sparsity: float, pattern: str, dtype: torch.dt
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_products(size, threads, rng):
     cases = itertools.product(ROWS, (0.0, 0.6, 1.0), PATTERNS)
-    others = zip(itertools.cycle(DTYPES), itertools.cycle(("relu", "gelu", "silu", "gelu_tanh")), strict=False)
-    for (m, sparsity, pattern), (dtype, activation) in zip(cases, others, strict=False):
-        check(m, *size, sparsity, pattern, dtype, activation, rng)
+    activations = "relu", "gelu", "silu", "gelu_tanh"
+    others = zip(*map(itertools.cycle, (DTYPES, activations, (127, 127, 127, NARROW, NARROW))), strict=False)
+    for (m, sparsity, pattern), (dtype, activation, largest) in zip(cases, others, strict=False):
+        check(m, *size, sparsity, pattern, dtype, activation, rng, largest)
 
 
 def test_the_largest_sums_are_exact(rng):
@@ -86,6 +87,7 @@ for size in SIZES:
     for m in (1, 7, 31, 65):
         check(m, *size, 0.8, "16x4", torch.float32, "none", rng)
         check(m, *size, 0.5, "unstructured", torch.bfloat16, "gelu", rng)
+        check(m, *size, 0.6, "1x4", torch.float32, "relu", rng, NARROW)
 """,
     )
 
@@ -113,6 +115,17 @@ def test_the_choice_follows_the_zeros(rng):
     grouped = cpu_sparse.pack(make(256, 256, 0.95, "1x4", rng), 256)
     assert grouped.kernel(64) == "groups"
     assert grouped.groups == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_choice_knows_that_level_avx2_is_faster_with_narrow_weights(run_at_level):
+    run_at_level(
+        "avx2",
+        """
+wide, narrow = (cpu_sparse.pack(make(256, 256, 0.65, "unstructured", rng, most), 256) for most in (127, NARROW))
+assert cpu_sparse.C.isa() != "avx2" or (wide.kernel(64), narrow.kernel(64)) == ("pairs", "dense")
+assert wide.kernel(1) == narrow.kernel(1)
+""",
+    )
 
 
 def test_masks_that_lie_are_refused(rng):

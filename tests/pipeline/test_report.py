@@ -183,6 +183,26 @@ def test_a_step_is_told_and_survives_the_file_and_training(bits, net, tmp_path):
     ))  # fmt: skip
 
 
+def test_sparse_layers_are_told_with_their_bits_step_and_kernel(tmp_path):
+    def network(conv: nn.Module, *linear: nn.Module) -> nn.Sequential:
+        return nn.Sequential(conv, nn.Flatten(), *linear)
+
+    torch.manual_seed(0)
+    dense = network(nn.Conv2d(3, 8, 3), nn.Linear(72, 20), nn.Linear(20, 20), nn.Linear(20, 20))
+    lk.prune_(dense, 0.5)
+    schemes = lk.QuantScheme(6, step=0.01), lk.QuantScheme(step=0.02), lk.QuantScheme.of("w4a16"), None
+    conv = lk.nn.SparseConv2d.from_conv(dense[0], scheme=schemes[0])
+    linear = zip(dense[2:], schemes[1:], strict=True)
+    model = network(conv, *(lk.nn.SparseLinear.from_linear(layer, scheme=scheme) for layer, scheme in linear))
+    lk.save(model, tmp_path / "a")
+    served = lk.backends()["sparse"]
+    rows = CompressedModel.load(tmp_path / "a", dense).explain().rows
+    assert [(row.scheme, row.step, row.kernel) for row in rows] == [
+        ("w6a8", 0.01, served["w8a8"]), ("w8a8", 0.02, served["w8a8"]), ("w4a16", 0, served["w4a16"]),
+        ("float32", 0, served["float"]),
+    ]  # fmt: skip
+
+
 def test_layers_that_no_kernel_can_take_say_why(net):
     net.body[2].weight.data[0, 0] = math.nan
     net.tied = nn.Linear(96, 50)

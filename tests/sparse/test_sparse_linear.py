@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 import lepton_kernels as lk
+from lepton_kernels import reference
 from lepton_kernels._ops_sparse import sparse_linear
 from lepton_kernels.sparse import sparsify_
+
+INT8_SCHEMES = ["w8a8", "w7a8", "w6a8", "w5a8", lk.QuantScheme(step=0.005), lk.QuantScheme(6, step=0.005)]
 
 
 def pruned(k: int = 40, n: int = 30, sparsity: float = 0.7, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -34,14 +37,23 @@ def test_it_is_the_linear_layer_without_its_zeros(dtype):
     assert "sparsity=0.7000" in repr(layer)
 
 
-def test_a_sparse_quantized_layer_is_the_quantized_layer():
+@pytest.mark.parametrize("scheme", INT8_SCHEMES, ids=str)
+def test_a_sparse_quantized_layer_is_the_quantized_layer(scheme):
     linear = pruned(400, 300, 0.8)
-    layer, want = lk.nn.SparseLinear.from_linear(linear, scheme="w8a8"), lk.nn.QuantLinear.from_linear(linear, "w8a8")
-    x = torch.randn(9, 400)
-    assert torch.equal(layer(x), want(x))
+    layer, want = lk.nn.SparseLinear.from_linear(linear, scheme=scheme), lk.nn.QuantLinear.from_linear(linear, scheme)
+    assert layer.scheme == want.scheme
     assert torch.equal(layer.weight, want.weight)
+    assert (layer.weight[linear.weight == 0] == 0).all()
+    assert layer.nonzeros == int((linear.weight != 0).sum())
+    assert layer.weight_compressed.abs().max() <= layer.scheme.limit
+    assert (layer.weight_scale >= layer.scheme.step).all()
+    stored = layer.weight_compressed, layer.weight_bitmask, layer.weight_scale
+    for m in (1, 9, 130):
+        x = torch.randn(m, 400)
+        assert torch.equal(layer(x), want(x))
+        assert torch.equal(layer(x), reference.sparse_linear(x, *stored, layer.bias))
     assert torch.equal(layer.half().float()(x), want(x))
-    assert "scheme=w8a8" in repr(layer)
+    assert f"scheme={layer.scheme.name}" in repr(layer)
     y = torch.compile(layer, fullgraph=True)(x)
     assert torch.equal(y, want(x))
     x.requires_grad_()
@@ -115,7 +127,7 @@ def test_state_dict_and_the_meta_device():
     torch.testing.assert_close(layer(x), want)
 
 
-@pytest.mark.parametrize("scheme", [None, "w8a8"])
+@pytest.mark.parametrize("scheme", [None, *INT8_SCHEMES], ids=str)
 @pytest.mark.parametrize("codec", ["huffman", "none"])
 def test_files(tmp_path, codec, scheme):
     model = nn.Sequential(pruned(400, 300, 0.8), nn.ReLU(), nn.Linear(300, 5))
@@ -125,6 +137,8 @@ def test_files(tmp_path, codec, scheme):
     loaded = lk.load(tmp_path / "a", model=dense)
     assert isinstance(loaded[0], lk.nn.SparseLinear)
     assert loaded[0].activation == "relu"
+    assert loaded[0].scheme == model[0].scheme
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     x = torch.randn(3, 400)
     assert torch.equal(loaded(x), model(x))
     assert (tmp_path / "a").stat().st_size < 0.3 * 400 * 300 * 4
@@ -140,6 +154,7 @@ def test_files(tmp_path, codec, scheme):
         ((3, 3, 10), "nonzeros is 10; allowed: 0 to 9"),
         ((3, 3, 3, True, torch.float64), "dtype is torch.float64"),
         ((3, 3, 3, True, torch.float32, None, "none", "w4a8"), "scheme is 'w4a8'; allowed: None, 'w8a8'"),
+        ((3, 3, 3, True, torch.float32, None, "none", "w6a16"), "scheme is 'w6a16'; allowed: None, 'w8a8', 'w7a8'"),
     ],
 )
 def test_errors(arguments, text):
@@ -193,6 +208,24 @@ def test_sparsify_with_a_scheme_knows_dense_quantized_layers(monkeypatch):
     assert isinstance(model[0], lk.nn.QuantLinear)
 
 
+@pytest.mark.parametrize("scheme", ["w6a8", "w8a8"])
+def test_sparsify_gives_each_layer_the_step_that_quantize_gives(scheme, monkeypatch):
+    monkeypatch.setattr(
+        "lepton_kernels.sparse.sparsify._in_turn",
+        lambda candidates, x: {name: 1.0 if name == f"sparse {scheme}" else 2.0 for name in candidates},
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 7))
+    lk.prune_(model, 0.6)
+    dense, conv = copy.deepcopy(model), model[0].weight.detach()
+    sparsify_(model, scheme=scheme, step=0.1, rows=(64,), example=torch.randn(1, 3, 5, 5))
+    lk.quantize_(dense, scheme, step=0.1)
+    assert model[2].scheme == dense[2].scheme
+    assert torch.equal(model[2].weight, dense[2].weight)
+    assert model[0].product.scheme.step == pytest.approx(0.1 * conv.square().mean().sqrt().item(), rel=1e-6)
+    assert model[0].product.scheme.name == scheme
+
+
 def test_sparsify_times_for_real():
     model = nn.Sequential(nn.Linear(64, 64))
     report = sparsify_(model, rows=(1, 3))
@@ -206,3 +239,14 @@ def test_sparsify_errors():
         sparsify_(nn.Sequential(nn.Linear(4, 4)), rows=())
     with pytest.raises(ValueError, match="include holds 'nowhere'"):
         sparsify_(nn.Sequential(nn.Linear(4, 4)), include=["nowhere"])
+    with pytest.raises(ValueError, match=r"sparsify_: step is 0.1 without a scheme; allowed: 0"):
+        sparsify_(nn.Sequential(nn.Linear(4, 4)), step=0.1)
+    with pytest.raises(ValueError, match=r"sparsify_: step is 0.1 with w4a16; allowed: 0 at 4 bits"):
+        sparsify_(nn.Sequential(nn.Linear(4, 4)), scheme="w4a16", step=0.1)
+
+
+def test_sparsify_leaves_what_can_not_be_quantized():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"skipped: 0 \(its weight holds NaN or infinity\)"):
+        sparsify_(model, scheme="w8a8")
