@@ -2,6 +2,10 @@
 
 Weights stay int8 or int4 in the file. Activations of w8a8 are quantized as here, a row at a time, and multiplied as
 integers (MatMulInteger); w4a8 rounds them to the same grid and multiplies floats; w8a16 and w4a16 multiply floats.
+
+Sparse layers keep their nonzeros and bitmask in the file alone: neither ONNX nor onnxruntime multiplies sparse weights,
+so the graph expands them, which onnxruntime does once, when it loads. From then on they take the memory and the time of
+dense layers; what was pruned is exactly zero there, too.
 """
 
 import importlib
@@ -51,7 +55,7 @@ def translations(exact: bool = True) -> dict[Any, Callable[..., Any]]:
         op: Any = importlib.import_module("onnxscript").opset21
     except ImportError as error:
         raise ImportError("lk.onnx.translations() needs onnxscript: pip install onnxscript") from error
-    from lepton_kernels import _ops
+    from lepton_kernels import _ops, _ops_sparse
 
     def constant(value: list[int], *, int32: bool = False) -> Any:
         return op.Cast(op.Constant(value_ints=value), to=6) if int32 else op.Constant(value_ints=value)
@@ -99,31 +103,65 @@ def translations(exact: bool = True) -> dict[Any, Callable[..., Any]]:
         sums = op.Sub(sums, op.Mul(op.Cast(zero, to=6), column_sum))
         return finish(op.Mul(op.Cast(sums, to=1), op.Mul(row_scale, scale)), bias, activation, x)
 
-    def gemm_int4(
-        x: Any, weight_packed: Any, weight_scale: Any, weight_zero_point: Any, bias: Any, group_size: int,
-        quantize_activations: bool, activation: str = "none",
-    ) -> Any:  # fmt: skip
-        n, words = weight_packed.shape
-        k = x.shape[-1]
+    def unpacked(packed: Any, bits: int, onnx_type: int, width: int) -> Any:
+        """The values of `bits` bits in each of packed, `width` bits wide, the lowest first: [..., size * values]."""
+        shifts = op.Cast(constant(list(range(0, width, bits))), to=onnx_type)
+        values = op.BitShift(op.Unsqueeze(op.Cast(packed, to=onnx_type), constant([-1])), shifts, direction="RIGHT")
+        values = op.BitwiseAnd(values, op.Cast(constant([2**bits - 1]), to=onnx_type))
+        *outer, last = packed.shape
+        return op.Reshape(values, constant([*outer, last * (width // bits)]))
+
+    def first_columns(matrix: Any, k: int) -> Any:
+        return op.Slice(matrix, constant([0]), constant([k]), constant([1]))
+
+    def per_weight(per_group: Any, k: int, group_size: int) -> Any:
+        """[n, groups] to float [n, k]."""
         size = k if group_size == -1 else group_size
+        repeated = op.Expand(op.Unsqueeze(op.Cast(per_group, to=1), constant([2])), constant([1, 1, size]))
+        return first_columns(op.Reshape(repeated, constant([per_group.shape[0], -1])), k)
 
-        def per_weight(per_group: Any) -> Any:
-            """[n, groups] to [n, k]."""
-            repeated = op.Expand(op.Unsqueeze(op.Cast(per_group, to=1), constant([2])), constant([1, 1, size]))
-            return op.Slice(op.Reshape(repeated, constant([n, -1])), constant([0]), constant([k]), constant([1]))
+    def nibbles(packed: Any, onnx_type: int, width: int) -> Any:
+        """float, -8 to 7."""
+        return op.Sub(op.Cast(op.Cast(unpacked(packed, 4, onnx_type, width), to=7), to=1), number(8.0))
 
-        shifts = op.Cast(constant(list(range(0, 32, 4))), to=12)
-        word = op.Unsqueeze(op.Cast(weight_packed, to=12), constant([2]))
-        nibbles = op.BitwiseAnd(op.BitShift(word, shifts, direction="RIGHT"), op.Cast(constant([15]), to=12))
-        values = op.Reshape(op.Cast(op.Cast(nibbles, to=7), to=1), constant([n, 8 * words]))
-        values = op.Sub(op.Slice(values, constant([0]), constant([k]), constant([1])), number(8.0))
-        if weight_zero_point is not None:
-            values = op.Sub(values, per_weight(weight_zero_point))
-        weight = op.Mul(values, per_weight(weight_scale))
+    def float_product(x: Any, weight: Any, bias: Any, activation: str, quantize_activations: bool = False) -> Any:
         rows = op.Cast(x, to=1)
         if quantize_activations:
             q, zero, row_scale = quantize_rows(rows)
             rows = op.Mul(op.Sub(q, zero), row_scale)
         return finish(op.MatMul(rows, op.Transpose(weight, perm=[1, 0])), bias, activation, x)
 
-    return {_ops.gemm_int8: gemm_int8, _ops.gemm_int4: gemm_int4}
+    def gemm_int4(
+        x: Any, weight_packed: Any, weight_scale: Any, weight_zero_point: Any, bias: Any, group_size: int,
+        quantize_activations: bool, activation: str = "none",
+    ) -> Any:  # fmt: skip
+        k = x.shape[-1]
+        values = first_columns(nibbles(weight_packed, 12, 32), k)
+        if weight_zero_point is not None:
+            values = op.Sub(values, per_weight(weight_zero_point, k, group_size))
+        weight = op.Mul(values, per_weight(weight_scale, k, group_size))
+        return float_product(x, weight, bias, activation, quantize_activations)
+
+    def sparse_linear(
+        x: Any, weight_compressed: Any, weight_bitmask: Any, weight_scale: Any, bias: Any, activation: str = "none",
+        weight_zero_point: Any = None, group_size: int = -1,
+    ) -> Any:  # fmt: skip
+        k = x.shape[-1]
+        ones = op.Cast(first_columns(unpacked(weight_bitmask, 1, 2, 8), k), to=6)
+        count = op.CumSum(op.Reshape(ones, constant([-1])), constant([0]))
+        places = op.Mul(op.Reshape(count, constant([-1, k])), ones)  # of a weight among those stored, from 1 on; else 0
+
+        def expanded(values: Any, onnx_type: int) -> Any:
+            """[n, k]: values [nonzeros] in their order where the bitmask has ones, else 0."""
+            return op.Gather(op.Concat(op.Cast(constant([0]), to=onnx_type), values, axis=0), places)
+
+        if weight_scale is None:
+            return float_product(x, expanded(op.Cast(weight_compressed, to=1), 1), bias, activation)
+        if weight_compressed.dtype.name == "INT8":
+            return gemm_int8(x, expanded(weight_compressed, 3), weight_scale, bias, True, activation)
+        values = expanded(nibbles(weight_compressed, 2, 8), 1)
+        if weight_zero_point is not None:
+            values = op.Sub(values, op.Mul(per_weight(weight_zero_point, k, group_size), op.Cast(ones, to=1)))
+        return float_product(x, op.Mul(values, per_weight(weight_scale, k, group_size)), bias, activation)
+
+    return {_ops.gemm_int8: gemm_int8, _ops.gemm_int4: gemm_int4, _ops_sparse.sparse_linear: sparse_linear}
