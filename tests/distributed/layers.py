@@ -35,9 +35,9 @@ def make_layers(n: int, k: int, rng: torch.Generator) -> list[nn.Module]:
         QuantLinear.from_linear(linear, lk.QuantScheme(4, 32, symmetric=False, activation="float"), activation="gelu"),
         make_sparse(n, k, rng),
         make_sparse(n, k, rng, "w8a8"),
-        make_sparse(n, k, rng, "w6a8"),
         SparseLinear.from_linear(make_linear(n, k, rng).requires_grad_(False), scheme="w8a8", activation="relu"),
         make_sparse(n, k, rng, "w4a16"),
+        make_sparse(n, k, rng, "w6a8"),
     ]
 
 
