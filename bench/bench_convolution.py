@@ -43,13 +43,13 @@ def onnxruntime_conv(conv: nn.Conv2d, x: Tensor):  # type: ignore[no-untyped-def
     return lambda: session.run(None, feed)[0]
 
 
-@pytest.mark.parametrize("sparsity", [0.8, 0.9])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.8), ("unstructured", 0.9), ("16x4", 0.8)])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_layer(race, layer, sparsity) -> None:
+def test_layer(race, layer, pattern, sparsity) -> None:
     into, out, kernel, stride, batch, size = layer
     torch.manual_seed(0)
     conv = nn.Conv2d(into, out, kernel, stride, padding=kernel // 2)
-    lk.prune_(nn.Sequential(conv), sparsity)
+    lk.prune_(nn.Sequential(conv), sparsity, pattern=pattern)
     with torch.inference_mode():
         x = torch.randn(batch, into, size, size)
         last, x_last = (
@@ -66,7 +66,8 @@ def test_layer(race, layer, sparsity) -> None:
         want = conv(x)
         for name, call in calls.items():
             assert relative_error(torch.as_tensor(call()), want, True) < ERROR["w8a8" in name], name
-        row = f"{into} to {out}, {kernel}x{kernel}, {batch} x {size} x {size}, {sparsity:.0%}"
+        zeros = f"{sparsity:.0%}" if pattern == "unstructured" else f"{pattern} {sparsity:.0%}"
+        row = f"{into} to {out}, {kernel}x{kernel}, {batch} x {size} x {size}, {zeros}"
         race(row, calls, table="convolution", row=row)
 
 

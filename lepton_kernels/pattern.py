@@ -1,5 +1,6 @@
 """Pattern: which weights become zero together. A weight is seen as a matrix [rows, columns]; a Conv2d's row is one
-output channel, its columns are input channels times kernel, as im2col has them.
+output channel, its columns are kernel row, kernel column and input channel, as SparseConv2d multiplies them: neighbours
+are the channels at one place of the kernel.
 
     unstructured   any weight
     N:M            N of M neighbours in a row stay ("2:4"); a last group of fewer keeps its N largest

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lepton_kernels.nn.sparse_linear import SparseLinear
-from lepton_kernels.pattern import Pattern
 from lepton_kernels.scheme import QuantScheme
 
 # Bytes of rows at a time: they should stay in the caches until they are multiplied.
@@ -29,6 +28,12 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
 def rows_of_weight(weight: Tensor) -> Tensor:
     """A convolution's weight [out, in, height, width] as [out, height * width * in], the order of this file's rows."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def weight_of_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight of this shape, [out, in, height, width], whose rows_of_weight these are."""
+    out, channels, height, width = shape
+    return rows.reshape(out, height, width, channels).permute(0, 3, 1, 2).contiguous()
 
 
 class SparseConv2d(nn.Module):
@@ -81,23 +86,18 @@ class SparseConv2d(nn.Module):
     ) -> "SparseConv2d":
         """The copy of a Conv2d without its zeros (prune_ makes them), with `activation` after it.
 
-        The arguments are those of SparseLinear.from_linear; pattern is that of the weight as prune_ sees it, a row of
-        [in, height, width] for each output channel. The groups of a scheme are along this file's rows. `conv` is not
-        changed. Raises ValueError for groups other than 1, and as SparseLinear.from_linear.
+        The arguments are those of SparseLinear.from_linear; a pattern (prune_ too) and the groups of a scheme are
+        along this file's rows. `conv` is not changed. Raises ValueError for groups other than 1, and as
+        SparseLinear.from_linear.
         """
         if conv.groups != 1:
             raise ValueError(f"SparseConv2d.from_conv: groups is {conv.groups}; allowed: 1")
         weight = conv.weight.detach()
-        if pattern is not None and not Pattern.of(pattern, "SparseConv2d.from_conv").fits((weight != 0).flatten(1)):
-            raise ValueError(
-                f"SparseConv2d.from_conv: the weight's zeros are {Pattern.detect((weight != 0).flatten(1))}; allowed "
-                f"with pattern {pattern!r}: zeros that prune_ made with it"
-            )
         linear = nn.Linear(weight[0].numel(), conv.out_channels, conv.bias is not None, device="meta")
         linear.weight = nn.Parameter(rows_of_weight(weight), requires_grad=False)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-        product = SparseLinear.from_linear(linear, scheme=scheme, activation=activation)
+        product = SparseLinear.from_linear(linear, pattern, scheme, activation)
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, 0, stride=conv.stride,
             padding=conv._reversed_padding_repeated_twice, dilation=conv.dilation, padding_mode=conv.padding_mode,
@@ -114,8 +114,7 @@ class SparseConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [out_channels, in_channels, height, width], dequantized, made anew at every access."""
-        weight = self.product.weight.reshape(self.out_channels, *self.kernel_size, self.in_channels)
-        return weight.permute(0, 3, 1, 2).contiguous()
+        return weight_of_rows(self.product.weight, (self.out_channels, self.in_channels, *self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:

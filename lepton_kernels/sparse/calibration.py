@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lepton_kernels.nn.sparse_conv import rows_of_weight, weight_of_rows
+
 Layer = nn.Linear | nn.Conv2d
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight [out, in] or [out, in, height, width] as [rows, columns]."""
-    return weight.detach().flatten(1)
+    """A weight [out, in] or [out, in, height, width] as [rows, columns], columns as SparseConv2d has them."""
+    weight = weight.detach()
+    return weight if weight.dim() == 2 else rows_of_weight(weight)
+
+
+def as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The weight of this shape whose as_matrix it is."""
+    return matrix if len(shape) == 2 else weight_of_rows(matrix, shape)
 
 
 def input_rows(layer: Layer, x: Tensor) -> Tensor:
@@ -25,9 +33,9 @@ def input_rows(layer: Layer, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     columns = functional.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)
-    batch, size, places = columns.shape  # size: channels * kernel
-    grouped = columns.view(batch, layer.groups, size // layer.groups, places)
-    return grouped.permute(1, 0, 3, 2).reshape(layer.groups, batch * places, -1)
+    batch, _, places = columns.shape
+    grouped = columns.view(batch, layer.groups, layer.in_channels // layer.groups, -1, places)
+    return grouped.permute(1, 0, 4, 3, 2).reshape(layer.groups, batch * places, -1)
 
 
 @dataclass

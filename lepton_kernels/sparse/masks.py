@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from lepton_kernels._select import Selector
 from lepton_kernels.pattern import Pattern
-from lepton_kernels.sparse.calibration import as_matrix
+from lepton_kernels.sparse.calibration import as_matrix, as_weight
 
 
 class Mask(nn.Module):
@@ -129,6 +129,6 @@ class GradualPruner:
     def _prune(self, layer: Any, sparsity: float) -> None:
         with torch.no_grad():
             weight = layer.weight.detach()
-            mask = self.pattern.keep(as_matrix(weight).square(), sparsity).view_as(weight)
+            mask = as_weight(self.pattern.keep(as_matrix(weight).square(), sparsity), weight.shape)
             fix(layer, mask)
             stored_weight(layer).mul_(mask)

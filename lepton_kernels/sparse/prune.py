@@ -11,7 +11,7 @@ from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.pattern import Pattern
 from lepton_kernels.sparse import sparsegpt
-from lepton_kernels.sparse.calibration import InputStatistics, Layer, as_matrix, collect
+from lepton_kernels.sparse.calibration import InputStatistics, Layer, as_matrix, as_weight, collect
 from lepton_kernels.sparse.masks import fix, stored_weight
 from lepton_kernels.sparse.sequential import one_after_the_other
 
@@ -184,7 +184,7 @@ def prune_(
     """Zeroes `sparsity` (0 to 1) of the weights of every nn.Linear and nn.Conv2d of `model`, in place.
 
     pattern: "unstructured", N:M ("2:4"; its share of zeros is its own and `sparsity` must be it), or blocks of rows x
-        columns ("16x1", "1x4", "16x4", "32x32").
+        columns ("16x1", "1x4", "16x4", "32x32"). Neighbouring columns of a convolution are input channels (Pattern).
     method: "magnitude": the smallest |w| go. "wanda": the smallest |w| times the norm of its input, in each row (Sun et
         al. 2023, arXiv 2306.11695). "sparsegpt": column by column, the other weights make up for what goes (Frantar and
         Alistarh 2023, arXiv 2301.00774). The last two need `calibration`.
@@ -244,10 +244,11 @@ def prune_(
 
     def finish(name: str, after: Tensor, output_error: float | None) -> None:
         layer, before = layers[name], matrices[name]  # before: the stored weight itself, where that is float32
-        mask, zeros = (after != 0).view_as(layer.weight), float((before == 0).float().mean())
+        new, zeros = as_weight(after, layer.weight.shape), float((before == 0).float().mean())
+        mask = new != 0
         error = float((after - before).norm() / before.norm().clamp(min=1e-30))
         with torch.no_grad():
-            stored_weight(layer).copy_(after.view_as(layer.weight))
+            stored_weight(layer).copy_(new)
             if keep_masks:
                 fix(layer, mask)
         left = 1 - float(mask.float().mean())

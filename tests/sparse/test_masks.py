@@ -79,6 +79,15 @@ def test_gradual_pruning_arrives_and_never_grows_back(pattern, final):
     assert (model[0].weight[seen[-1]] == 0).all()
 
 
+def test_gradual_pruning_of_a_convolution_has_the_pattern_along_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 4, 3))
+    pruner = GradualPruner(model, 0.5, begin_step=0, end_step=2, pattern="2:4")
+    pruner.step()
+    pruner.step()
+    assert ((model[0].weight != 0).permute(0, 2, 3, 1).reshape(-1, 4).sum(1) == 2).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

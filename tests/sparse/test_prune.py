@@ -122,6 +122,25 @@ def test_convolutions(method):
     assert known.output_error(as_matrix(model[2].weight), as_matrix(model[2].weight)) == 0
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1x4", 0.6), ("16x4", 0.5)])
+def test_neighbouring_columns_of_a_convolution_are_channels(method, pattern, sparsity):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, (1, 2), groups=2))
+    report = lk.prune_(model, sparsity, pattern=pattern, method=method, calibration=[torch.randn(4, 8, 9, 7)])
+    for layer in (model[0], model[2]):
+        places = (layer.weight != 0).permute(0, 2, 3, 1)
+        groups = places.reshape(*places.shape[:3], -1, 4).sum(-1)
+        if pattern == "2:4":
+            assert (groups == 2).all()
+        else:
+            assert ((groups == 0) | (groups == 4)).all()
+        if pattern == "16x4":
+            by_block = groups.view(2, 16, *groups.shape[1:])
+            assert (by_block == by_block[:, :1]).all()
+    assert report.sparsity == pytest.approx(sparsity, abs=0.02)
+
+
 def test_dead_inputs_and_few_samples():
     x = correlated(3, 30)
     x[:, 7] = 0

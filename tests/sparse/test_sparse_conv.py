@@ -66,6 +66,16 @@ def test_int8_is_the_sparse_linear_of_its_rows():
         assert (layer(x) - conv(x)).norm() < 0.03 * conv(x).norm()
 
 
+@pytest.mark.parametrize(("pattern", "sparsity", "kernel"), [("16x4", 0.8, "blocks"), ("1x4", 0.9, "groups")])
+def test_the_blocks_that_prune_makes_are_those_of_the_kernels(pattern, sparsity, kernel):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 128, 3)
+    lk.prune_(nn.Sequential(conv), sparsity, pattern=pattern)
+    layer = SparseConv2d.from_conv(conv, pattern, "w8a8")
+    assert str(layer.product.pattern) == pattern
+    assert layer.product.packed().kernel(64) == kernel
+
+
 def test_gradients_are_those_of_the_dense_layer():
     conv = pruned(padding=1, stride=2)
     layer = SparseConv2d.from_conv(conv)
