@@ -1,7 +1,8 @@
 """Sparse layers beside dense ones and other libraries' sparse products, all on the same pruned weight.
 
-Ours: SparseLinear of floats and of int8 (w8a8), and the dense QuantLinear w8a8, which is the bar for the latter. Every
-contender is checked against the float product before it is timed. LEPTON_BENCH_CASES=quick: a look.
+Ours: SparseLinear of floats, of int8 (w8a8) and of 4 bits (w4a16), and the dense QuantLinear of the last two, which is
+the bar for them. Every contender is checked against the float product before it is timed. LEPTON_BENCH_CASES=quick: a
+look.
 """
 
 import functools
@@ -20,7 +21,8 @@ import lepton_kernels as lk
 from lepton_kernels.sparse import Pattern
 
 UP, DOWN = BASE[1], BASE[1][::-1]  # feed-forward of an encoder with 768 features
-ERROR = {"fp32": 1e-5, "w8a8": 0.04}
+SCHEMES = "w8a8", "w4a16"
+FLOAT_ERROR, ERROR = 1e-5, {"w8a8": 0.04, "w4a16": 0.15, "int4pack": 0.15}  # allowed, by what a contender's name holds
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def contenders(n: int, k: int, pattern: str, sparsity: float) -> tuple[Tensor, d
     dense = linear(weight)
     ours = {
         "lepton fp32": lk.nn.SparseLinear.from_linear(dense),
-        "lepton w8a8": lk.nn.SparseLinear.from_linear(dense, scheme="w8a8"),
-        "dense w8a8": lk.nn.QuantLinear.from_linear(dense, "w8a8"),
+        **{f"lepton {scheme}": lk.nn.SparseLinear.from_linear(dense, scheme=scheme) for scheme in SCHEMES},
+        **{f"dense {scheme}": lk.nn.QuantLinear.from_linear(dense, scheme) for scheme in SCHEMES},
     }
     binds: dict[str, Callable] = {
         name: lambda x, layer=layer: functools.partial(layer, x) for name, layer in ours.items()
@@ -89,6 +91,7 @@ def test_sparse(race, case: Case) -> None:
             got = torch.as_tensor(call())
             turned = got.shape != want.shape or name.endswith(("CSR", "BSR"))
             error = relative_error(got.T if turned else got, want, True)
-            assert error < ERROR["w8a8" if "w8a8" in name else "fp32"], f"{name}: relative error {error}"
+            allowed = next((most for part, most in ERROR.items() if part in name), FLOAT_ERROR)
+            assert error < allowed, f"{name}: relative error {error}"
         race(str(case), calls, table="sparse", n=case.n, k=case.k, pattern=case.pattern, sparsity=case.sparsity,
              m=case.m)  # fmt: skip

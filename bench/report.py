@@ -33,7 +33,8 @@ NOTES = {
     "convolution": "ms; fp32 but for w8a8. Pruned layers and a network of them (bench/bench_convolution.py).",
     "recurrent": "ms; the whole sequence.",
     "sparse": "Y = X W^T, all of the same pruned weight; `dense`: all of it. The fastest dense float product of torch, "
-    "onnxruntime and OpenVINO is what fp32 is held against. Sparse matrices of torch and scipy get X turned.",
+    "onnxruntime and OpenVINO is what fp32 is held against. w4a16, torch's int4pack: groups of 128. Sparse matrices of "
+    "torch and scipy get X turned.",
     "gemm": "Limits: the best of a measurement before and one after. Peers of a row: full layers whose weights have as "
     "many bits or more. `bf16`: X and Y are bf16, elsewhere fp32. `from memory`: the weights of each call from DRAM.",
 }

@@ -17,22 +17,24 @@ def dense_float(run: Run) -> float:
     return min(run.medians[name] for name in rivals_sparse.DENSE if name in run.medians)
 
 
-def ratios(run: Run) -> tuple[float, float]:
-    """Of our float and int8 layers: how many times as fast as the fastest dense float, as our dense w8a8."""
-    return dense_float(run) / run.medians["lepton fp32"], run.medians["dense w8a8"] / run.medians["lepton w8a8"]
+def ratios(run: Run) -> tuple[float, float, float]:
+    """Of our float, w8a8 and w4a16 layers: how many times as fast as the fastest dense float, as our dense layer."""
+    by_int8, by_int4 = (run.medians[f"dense {name}"] / run.medians[f"lepton {name}"] for name in ("w8a8", "w4a16"))
+    return dense_float(run) / run.medians["lepton fp32"], by_int8, by_int4
 
 
 def times_table(runs: list[Run]) -> list[str]:
     peers = [name for name in dict.fromkeys(n for run in runs for n in run.medians) if not name.startswith("lepton")]
     rows = []
     for run in runs:
-        by_float, by_int8 = ratios(run)
+        scored = zip(("fp32", "w8a8", "w4a16"), ratios(run), strict=True)
         rows.append([
-            run.case, milliseconds(run.medians["lepton fp32"]), f"{by_float:.2f}",
-            milliseconds(run.medians["lepton w8a8"]), f"{by_int8:.2f}",
+            run.case,
+            *(cell for name, by in scored for cell in (milliseconds(run.medians[f"lepton {name}"]), f"{by:.2f}")),
             *(milliseconds(run.medians[name]) if name in run.medians else "" for name in peers),
         ])  # fmt: skip
-    return markdown(["ms", "**fp32**", "x dense fp32", "**w8a8**", "x dense w8a8", *peers], rows)
+    ours = ["**fp32**", "x dense fp32", "**w8a8**", "x dense w8a8", "**w4a16**", "x dense w4a16"]
+    return markdown(["ms", *ours, *peers], rows)
 
 
 def scores(runs: list[Run]) -> list[tuple[str, list[tuple[float, float, str]]]]:
@@ -80,6 +82,8 @@ def scores(runs: list[Run]) -> list[tuple[str, list[tuple[float, float, str]]]]:
         ("M = 16, 90 %: w8a8 1.5 x dense w8a8",
          of(lambda i: i["m"] == 16 and i["sparsity"] == 0.9, lambda r: ratios(r)[1], lambda i: 1.5)),
         ("fp32 ahead of every sparse peer", of(lambda i: True, peers, one)),
+        ("w4a16 never slower than our dense w4a16 (0.97: noise)",
+         of(lambda i: True, lambda r: ratios(r)[2], lambda i: 0.97)),
     ]  # fmt: skip
 
 
@@ -106,8 +110,9 @@ def plot(runs: list[Run], folder: Path, cpu: str) -> list[str]:
     chosen = [(run, i) for run, i in infos if (i["n"], i["k"]) == LLM and i["pattern"] == "unstructured"]
     if not chosen:
         return []
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), sharex=True, layout="constrained")
-    for axis, which, title in zip(axes, (0, 1), ("fp32 / dense fp32", "w8a8 / dense w8a8"), strict=True):
+    titles = "fp32 / dense fp32", "w8a8 / dense w8a8", "w4a16 / dense w4a16"
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(12, 3.2), sharex=True, layout="constrained")
+    for which, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for m in sorted({i["m"] for _, i in chosen}):
             points = sorted((i["sparsity"], ratios(run)[which]) for run, i in chosen if i["m"] == m)
             axis.plot(*zip(*points, strict=True), "o-", label=f"M = {m}")

@@ -111,11 +111,12 @@ def deepsparse(weight: Tensor) -> Bind:
 
 
 DENSE = ("torch fp32", "onnxruntime fp32", "OpenVINO fp32")
+DENSE_INT4 = ("torch int4pack (bf16)",)
 
 
 def installed(pattern: str) -> dict[str, Callable[[Tensor], Bind]]:
-    """The dense float peers, and the sparse ones that serve a pattern."""
-    found = {name: dense(name) for name in DENSE if importlib.util.find_spec(PEERS[name].library)}
+    """The dense peers of floats and of 4 bits, and the sparse ones that serve a pattern."""
+    found = {name: dense(name) for name in DENSE + DENSE_INT4 if importlib.util.find_spec(PEERS[name].library)}
     found["torch CSR"] = torch_csr
     if importlib.util.find_spec("scipy"):
         found["scipy CSR"] = scipy_csr

@@ -1,4 +1,4 @@
-"""The GEMM report: limits, targets and marks on made-up times, and parts of RESULTS.md that leave all else alone."""
+"""Reports: limits, targets and marks on made-up times, and parts of RESULTS.md that leave all else alone."""
 
 import json
 from pathlib import Path
@@ -101,6 +101,19 @@ def test_step_up_at_a_tile(bench, tmp_path) -> None:
     for seconds, passed in ((1.06e-3, True), (1.07e-3, False)):  # the limit: 1.0625
         _, row = rows(bench, lepton(1e-3, 16), lepton(seconds, 17))
         assert (row.row_cost_drop >= 1) is passed
+
+
+def test_each_sparse_layer_is_held_against_its_dense_one(bench, tmp_path) -> None:
+    times = {"lepton fp32": 2e-3, "lepton w8a8": 1e-3, "lepton w4a16": 4e-3, "dense w8a8": 3e-3, "dense w4a16": 3.6e-3,
+             "torch fp32": 5e-3, "onnxruntime fp32": 7e-3, "torch CSR": 9e-3}  # fmt: skip
+    case = {"table": "sparse", "n": 64, "k": 64, "m": 128, "pattern": "unstructured", "sparsity": 0.6}
+    entries = [{"name": name, "group": "a case", "stats": {"median": seconds}, "extra_info": case}
+               for name, seconds in times.items()]  # fmt: skip
+    _, body = bench["report"].part_body("sparse", [content(*entries)], tmp_path)
+    assert "| a case | 2 | 2.50 | 1 | 3.00 | 4 | 0.90 | 3 | 3.6 | 5 | 7 | 9 |" in body
+    targets = {line.split(" | ")[1]: line for line in body.splitlines() if line.count(" | ") == 4}
+    assert "pass | 1 of 1" in targets["w8a8 never slower than our dense w8a8 (0.97: noise)"]
+    assert "**fail** | 0 of 1" in targets["w4a16 never slower than our dense w4a16 (0.97: noise)"]
 
 
 def test_best_limits(bench) -> None:
