@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-sparse bench-convolution bench-codec bench-pipeline 
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) bench-dist fuzz arm-check avx512-check cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) bench-dist bench-tune fuzz arm-check avx512-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -43,6 +43,8 @@ bench-prune: ## Its pruning part
 bench-recurrent: ## LSTM and GRU
 bench-dist: .venv/.native ## Distributed training: link speeds (root, ip and tc), losses, killed workers; prints tables
 	$(BIN)/python bench/distributed.py $(ARGS)
+bench-tune: .venv/.native ## lepton tune on MiniLM, by size and by latency; prints tables, draws the fronts
+	$(BIN)/python bench/tune.py $(ARGS)
 $(BENCHES): bench-%: .venv/.native .venv/.bench
 	$(BIN)/python bench/run.py $* $(ARGS)
 

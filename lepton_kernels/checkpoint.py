@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -33,6 +33,16 @@ _LAYERS_KEY, _TIED_KEY = "lepton.layers", "lepton.tied"
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def stored_bytes(model: nn.Module, codec: str = "huffman") -> int:
+    """Bytes that the tensors of a model or layer take in a file of that codec; the file's header comes on top."""
+    total = 0
+    for tensor in model.state_dict().values():
+        data = _bytes_of(tensor)
+        frame = model_file.encode(data, _NAMES[tensor.dtype], codec)
+        total += data.size if frame is None else len(frame)
+    return total
 
 
 def _sparse(layer: SparseLinear) -> dict[str, Any]:
@@ -71,25 +81,41 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return out
 
 
+def _codecs(names: Sequence[str], codecs: Mapping[str, str]) -> dict[str, str]:
+    """The codec of each tensor: that of the innermost module that `codecs` names."""
+    if "" not in codecs:
+        raise ValueError(f"save: codec names {sorted(codecs)[:5]} alone; allowed: also '', for all else")
+    inside: dict[str, list[str]] = {module: [n for n in names if n.startswith(f"{module}.")] for module in codecs}
+    inside[""] = list(names)
+    out: dict[str, str] = {}
+    for module in sorted(codecs, key=len):
+        if names and not inside[module]:
+            raise ValueError(f"save: codec names {module!r}; allowed: modules with tensors, such as {names[0]!r}'s")
+        out.update(dict.fromkeys(inside[module], codecs[module]))
+    return out
+
+
 def save(
     model: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
-    codec: str = "huffman",
+    codec: str | Mapping[str, str] = "huffman",
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model, or a state dict, as one safetensors file, lossless and atomic.
 
-    codec: "huffman", "lzw" or "none"; tensors that would shrink by less than 3 % stay as they are. Tied tensors are
-    stored once. metadata: more texts for the header. Any safetensors reader opens the file; coded tensors look like U8
-    to it. Raises ValueError for an unknown codec or dtype, for meta tensors and for a reserved metadata name, OSError
-    when writing fails; a file that was there before is then still there.
+    codec: "huffman", "lzw" or "none"; tensors that would shrink by less than 3 % stay as they are. A mapping gives the
+    modules that it names codecs of their own, and all else what it has for "". Tied tensors are stored once.
+    metadata: more texts for the header. Any safetensors reader opens the file; coded tensors look like U8 to it.
+    Raises ValueError for an unknown codec or dtype, a codec of a module without tensors, meta tensors and a reserved
+    metadata name, OSError when writing fails; a file that was there before is then still there.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     texts = {"format": "pt", **(metadata or {})}
     for name in texts:
         if name.startswith("lepton."):
             raise ValueError(f"save: metadata holds {name!r}; allowed: names that do not start with 'lepton.'")
+    codec_of = _codecs(list(state), {"": codec} if isinstance(codec, str) else codec)
     first: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
     pending = []
@@ -104,12 +130,13 @@ def save(
             tied[name] = first[key]
             continue
         first[key] = name
-        pending.append(model_file.Pending(name, _NAMES[tensor.dtype], tuple(tensor.shape), partial(_bytes_of, tensor)))
+        data = partial(_bytes_of, tensor)
+        pending.append(model_file.Pending(name, _NAMES[tensor.dtype], tuple(tensor.shape), data, codec_of[name]))
     if isinstance(model, nn.Module):
         texts[_LAYERS_KEY] = json.dumps(_layers(model))
     if tied:
         texts[_TIED_KEY] = json.dumps(tied)
-    model_file.write(path, pending, texts, codec)
+    model_file.write(path, pending, texts)
 
 
 def _tensor(entry: model_file.Entry, data: np.ndarray, device: torch.device | None) -> Tensor:

@@ -196,6 +196,13 @@ def _fuse_feed_forward(parent: Any, parts: _Half) -> bool:
     return False
 
 
+def _product(layer: QuantLinear) -> tuple[object, ...]:
+    """What layers must have in common to be one product; bits above 4 and steps are in the weights alone."""
+    scheme = layer.scheme
+    weights = layer.in_features, scheme.stored_bits, scheme.group_size, scheme.symmetric, layer.weight_packed.device
+    return *weights, scheme.activation, layer.bias is None, layer.activation
+
+
 def _share_inputs(model: nn.Module, report: FuseReport) -> None:
     for prefix, parent in model.named_modules():
         for names in _SIBLINGS:
@@ -203,8 +210,7 @@ def _share_inputs(model: nn.Module, report: FuseReport) -> None:
             layers = [layer for layer in candidates if isinstance(layer, QuantLinear) and layer._shared is None]
             if len({id(layer) for layer in layers}) < len(names):
                 continue
-            kinds = {(x.in_features, x.scheme, x.bias is None, x.activation, x.weight_packed.device) for x in layers}
-            if len(kinds) == 1:
+            if len({_product(layer) for layer in layers}) == 1:
                 SharedInput(layers)
                 members = [f"{prefix}.{name}" if prefix else name for name in names]
                 report.add(prefix, " + ".join(names) + " of one input", members)

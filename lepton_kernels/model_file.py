@@ -37,12 +37,13 @@ _VERSION_KEY, _TENSORS_KEY, _CHECK_KEY = "lepton.version", "lepton.tensors", "le
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor to be written: `data()` gives its bytes, uint8 [size], when its turn comes."""
+    """A tensor to be written by `codec`: `data()` gives its bytes, uint8 [size], when its turn comes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     data: Callable[[], np.ndarray]
+    codec: str
 
     @property
     def size(self) -> int:
@@ -90,29 +91,29 @@ def _header_bytes(header: dict[str, Any], length: int | None = None) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _encode(pending: Pending, data: np.ndarray, codec_name: str) -> bytes | None:
-    """The frame of a tensor, or None where coding does not pay."""
+def encode(data: np.ndarray, dtype: str, codec_name: str) -> bytes | None:
+    """The frame of a tensor's bytes, uint8 [size], as it would stand in a file; None where coding does not pay."""
     if codec_name == "none" or data.size < _MIN_CODED_BYTES:
         return None
     if codec_name == "lzw":
         frame = codec.lzw.encode(data)
     else:
-        frame = codec.huffman.encode(data, layout=_LAYOUT.get(pending.dtype, "bytes"))
+        frame = codec.huffman.encode(data, layout=_LAYOUT.get(dtype, "bytes"))
     return frame if len(frame) < data.size * 31 // 32 else None
 
 
-def write(path: str | os.PathLike[str], tensors: Sequence[Pending], metadata: dict[str, str], codec_name: str) -> None:
+def write(path: str | os.PathLike[str], tensors: Sequence[Pending], metadata: dict[str, str]) -> None:
     """Writes a model file atomically: it is complete under `path`, or not there at all.
 
     One tensor is in memory at a time. Raises ValueError for an unknown codec or dtype, OSError when writing fails.
     """
-    if codec_name not in CODECS:
+    for codec_name in sorted({pending.codec for pending in tensors} - set(CODECS)):
         raise ValueError(f"save: codec is {codec_name!r}; allowed: {', '.join(CODECS)}")
     with whole_file(Path(path)) as file:
-        _write(file, tensors, metadata, codec_name)
+        _write(file, tensors, metadata)
 
 
-def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str], codec_name: str) -> None:
+def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str]) -> None:
     # Falling element size keeps plain tensors aligned; frames are padded to whole words for the same reason.
     order = sorted(tensors, key=lambda pending: (-DTYPE_BYTES[pending.dtype], pending.name))
     # Room for the header is reserved with the longest numbers that it may hold, so that data is written only once.
@@ -121,8 +122,7 @@ def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str],
         p.name: {"dtype": p.dtype, "shape": [most, *p.shape], "data_offsets": [most, most]} for p in order
     }
     table: dict[str, Any] = {
-        p.name: {"dtype": p.dtype, "shape": p.shape, "codec": codec_name, "frame": most, "xxh3": 16 * "0"}
-        for p in order
+        p.name: {"dtype": p.dtype, "shape": p.shape, "codec": p.codec, "frame": most, "xxh3": 16 * "0"} for p in order
     }
     texts = {**metadata, _VERSION_KEY: str(FORMAT_VERSION), _TENSORS_KEY: json.dumps(table), _CHECK_KEY: 16 * "0"}
     room = len(_header_bytes({"__metadata__": texts, **header})) - 8
@@ -131,7 +131,7 @@ def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str],
     position = 0
     for pending in progress(order, "writing"):
         data = pending.data()
-        frame = _encode(pending, data, codec_name)
+        frame = encode(data, pending.dtype, pending.codec)
         if frame is None:
             stored: bytes | memoryview = data.data if data.size else b""
             table[pending.name] = {"codec": "none", "xxh3": xxhash.xxh3_64_hexdigest(stored)}
@@ -139,7 +139,7 @@ def _write(file: BinaryIO, tensors: Sequence[Pending], metadata: dict[str, str],
         else:
             stored = frame
             table[pending.name] = {
-                "dtype": pending.dtype, "shape": list(pending.shape), "codec": codec_name, "frame": len(frame),
+                "dtype": pending.dtype, "shape": list(pending.shape), "codec": pending.codec, "frame": len(frame),
             }  # fmt: skip
             dtype, shape = "U8", [len(frame) + -len(frame) % _WORD]
         padding = b"" if frame is None else bytes(-len(frame) % _WORD)

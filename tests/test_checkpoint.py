@@ -62,6 +62,25 @@ def test_round_trip_is_bit_equal_and_loads_into_a_meta_model(net, tmp_path, code
     assert torch.equal(lk.load(tmp_path / "a.safetensors", model=empty)(INDEX), want)
 
 
+def test_modules_may_have_codecs_of_their_own(net, tmp_path):
+    lk.save(net, tmp_path / "a", {"": "none", "body": "huffman", "body.0": "lzw"})
+    codecs = {entry.name: entry.codec for entry in lk.inspect(tmp_path / "a")}
+    large = {name: codec for name, codec in codecs.items() if net.state_dict()[name].numel() >= 4096}
+    assert large
+    for name, codec in large.items():
+        allowed = {"none"} if not name.startswith("body.") else {"lzw" if name.startswith("body.0.") else "huffman"}
+        assert codec in allowed | {"none"}
+    assert set(large.values()) > {"none"}
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in lk.load(tmp_path / "a").items())
+    with pytest.raises(ValueError, match=r"codec names \['body'\] alone; allowed: also ''"):
+        lk.save(net, tmp_path / "b", {"body": "huffman"})
+    with pytest.raises(ValueError, match="codec names 'boddy'; allowed: modules with tensors"):
+        lk.save(net, tmp_path / "b", {"": "none", "boddy": "huffman"})
+    with pytest.raises(ValueError, match="codec is 'zip'"):
+        lk.save(net, tmp_path / "b", {"": "none", "body": "zip"})
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_unquantized_models_are_lossless_and_smaller(net, tmp_path, dtype):
     net = net.to(dtype)

@@ -186,6 +186,25 @@ def test_siblings_of_one_input(scheme, sizes, bias, rng):
     assert fused(torch.empty(0, 48)).shape == (0, sum(sizes))
 
 
+def test_siblings_may_differ_in_bits_and_steps_but_not_in_the_kernel(rng):
+    torch.manual_seed(1)
+    plain = Attention()
+    for name, scheme, step in (("q_proj", "w8a8", 0.1), ("k_proj", "w6a8", 0.0), ("v_proj", "w8a8", 0.3)):
+        lk.quantize_(plain, scheme, step=step, include=[name])
+    fused = copy.deepcopy(plain)
+    assert [row[2] for row in lk.fuse_(fused).rows] == [3]
+    for m in (1, 40, 200):
+        x = torch.randn(m, 48, generator=rng)
+        with torch.inference_mode():
+            assert torch.equal(fused(x), plain(x))
+    assert fused.q_proj._shared is not None
+    for schemes in (("w8a8", "w8a8", "w8a16"), ("w8a8", "w8a8", "w4a8")):
+        other = Attention()
+        for name, scheme in zip(("q_proj", "k_proj", "v_proj"), schemes, strict=True):
+            lk.quantize_(other, scheme, include=[name])
+        assert not lk.fuse_(other, optional=True).rows
+
+
 def test_siblings_of_other_inputs_are_right_and_part(rng):
     plain, fused = attentions()
     with torch.inference_mode():

@@ -5,12 +5,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_ai import compression, distributed, training
+    from lepton_ai import compression, distributed, training, tuning
     from lepton_ai.distributed.model import LeptonDistributedModel
     from lepton_ai.model import CompressedModel, LeptonModel
     from lepton_ai.resources import ResourceManager
 
-_SUBPACKAGES = ("compression", "distributed", "training")
+_SUBPACKAGES = ("compression", "distributed", "training", "tuning")
 _HOMES = {
     "CompressedModel": "lepton_ai.model", "LeptonModel": "lepton_ai.model",
     "LeptonDistributedModel": "lepton_ai.distributed.model", "ResourceManager": "lepton_ai.resources",
@@ -24,6 +24,7 @@ __all__ = [
     "compression",
     "distributed",
     "training",
+    "tuning",
 ]
 
 

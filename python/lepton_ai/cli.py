@@ -3,6 +3,7 @@ the data, 2 wrong arguments. torch is imported by the commands that need it: it 
 
 import dataclasses
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,9 +95,15 @@ def _texts(model: str, sentences: Path | None, option: str) -> list[dict[str, An
     return texts(model, sentences.read_text().splitlines() if sentences else None)
 
 
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, 'package.module:name' or 'file.py:name'.")]
+# What a recipe says in place of these options of compress.
+_REPLACED = ("scheme", "codec", "prune", "pattern", "method", "group_size", "step", "embeddings", "exclude")
+
+
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, 'package.module:name' or 'file.py:name'.")],
+    context: typer.Context,
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
     scheme: Annotated[
         str, typer.Option(help="w8a8, w8a16, w4a8, w4a16, w5, w6 or w7 for w8 (coarser, smaller), or none.")
@@ -123,10 +130,13 @@ def compress(
     ] = False,
     price: Price = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what became of each layer, and why.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="What lepton tune wrote, in place of all options above that change the model.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prune, quantize and entropy-code a model into one safetensors file."""
-    from lepton_ai.compression import Compression, Pruning, Quantization
+    from lepton_ai.compression import Compression, Pruning, Quantization, Recipe
     from lepton_ai.cost import cost_per_million
     from lepton_ai.model import LeptonModel
 
@@ -140,11 +150,17 @@ def compress(
         inputs = None
         if by_input or measure:
             inputs = _texts(model, calibration, f"method is {method}" if by_input else "--measure")
-        steps = [
+        steps: list[Any] = [
             Pruning(prune, pattern, method, inputs, exclude=kept) if prune else None,
             Quantization(scheme, group_size, embeddings, exclude=kept, step=step) if scheme != "none" else None,
             Compression(codec),
         ]
+        if recipe is not None:
+            sources = {name: context.get_parameter_source(name) for name in _REPLACED}
+            given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+            if given:
+                raise ValueError(f"--recipe is given with {', '.join(given)}; allowed: the recipe says all of these")
+            steps = [Recipe.load(recipe)]
         if not output.parent.is_dir():
             raise ValueError(f"output is {output}: there is no folder {output.parent}")
         original = LeptonModel(model)
@@ -160,6 +176,58 @@ def compress(
     typer.echo(str(compressed.explain() if explain else report))
     if explain and report.measured is not None:
         typer.echo(str(report.measured))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def tune(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write, YAML, for compress --recipe.")],
+    budget: Annotated[
+        str, typer.Option(help="What to keep: cosine, cosine_min or sqnr (dB), such as 'cosine>=0.99'.")
+    ] = "cosine>=0.995",
+    minimize: Annotated[str, typer.Option(help="size, latency or cost (of time, by --price).")] = "size",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts to keep the budget on, one a line. Default: a hundred that come along.")
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="For a model without a tokenizer: a list of its inputs, written by torch.save.", exists=True),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the call that is timed.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in each; with --inputs the first one is timed.")] = 128,
+    plot: Annotated[Path | None, typer.Option(help="Draw the Pareto front into this file (.png, .svg).")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="What an hour of this machine costs.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each model that is made is timed.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Find what each layer should become so that a model is smallest, fastest or cheapest within a budget."""
+    import torch
+
+    from lepton_ai.measure import token_batch
+    from lepton_ai.model import LeptonModel
+    from lepton_ai.tuning import tune as tuned
+
+    with _errors():
+        for option, path in (("output", output), ("--plot", plot)):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{option} is {path}: there is no folder {path.parent}")
+        if inputs is not None and calibration is not None:
+            raise ValueError(f"--inputs is {inputs} and --calibration {calibration}; allowed: one of them")
+        try:
+            items = _texts(model, calibration, "tune without --inputs") if inputs is None else torch.load(inputs)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"--inputs is {inputs}: {error}") from error
+        original = LeptonModel(model)
+        example = token_batch(original.model, batch, tokens) if inputs is None else None
+        result = tuned(original, items, budget, minimize, example=example, price_per_hour=price, seconds=seconds)
+        result.recipe.save(output)
+        if plot is not None:
+            result.plot(plot)
+    if as_json:
+        _print_json({**result.as_dict(), "output": str(output)})
+        return
+    typer.echo(str(result))
     typer.echo(f"wrote {output}")
 
 

@@ -43,7 +43,8 @@ def _first_tensor(output: Any) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
-def _vectors(output: Any, item: Any) -> Tensor:
+def vectors_of(output: Any, item: Any) -> Tensor:
+    """The vectors [samples, features] that output_vectors takes from a model's output for one input, on its device."""
     y = _first_tensor(getattr(output, "last_hidden_state", output))
     if y is None or y.dim() == 0:
         what = type(output).__name__ if y is None else "a single number"
@@ -79,7 +80,7 @@ def output_vectors(model: Callable[..., Any], inputs: Iterable[Any]) -> Tensor:
     gets its own back. Raises ValueError when `inputs` is empty or one input alone, and when outputs differ in size.
     """
     with evaluating(model) if isinstance(model, nn.Module) else torch.no_grad():
-        parts = [_vectors(call(model, item), item).cpu() for item in listed("output_vectors", inputs)]
+        parts = [vectors_of(call(model, item), item).cpu() for item in listed("output_vectors", inputs)]
     sizes = sorted({part.shape[1] for part in parts})
     if len(sizes) > 1:
         raise ValueError(f"output_vectors: samples have {sizes} output features; allowed: inputs that give one size")

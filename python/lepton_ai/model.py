@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 import lepton_kernels as lk
-from lepton_ai.compression import Compression, Pruning, Quantization
+from lepton_ai.compression import Compression, Pruning, Quantization, Recipe
 from lepton_ai.explain import Explanation, explain
 from lepton_ai.measure import Measurement, compare
 from lepton_ai.sources import CONFIG_KEY, metadata_of, model_of_config, open_model
 from lepton_ai.training import compressed_form_, train_form_
 from lepton_kernels.model_file import ModelFile
 
-Step = Pruning | Quantization | Compression
+Step = Pruning | Quantization | Compression | Recipe
 
 
 def _state_bytes(model: nn.Module) -> int:
@@ -29,7 +29,8 @@ def _state_bytes(model: nn.Module) -> int:
 class CompressionReport:
     """What compress did: bytes of the weights before and after, of the file once saved, and a report for each step.
 
-    measured: what CompressedModel.measure found last.
+    layer_codecs: of layers that a recipe gives another codec than `codec`. measured: what CompressedModel.measure found
+    last.
     """
 
     bytes_before: int
@@ -41,6 +42,7 @@ class CompressionReport:
     fusion: lk.FuseReport | None = None
     steps: list[str] = field(default_factory=list)
     measured: Measurement | None = None
+    layer_codecs: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -62,7 +64,7 @@ class CompressionReport:
         """Plain values, for JSON."""
         out: dict[str, Any] = {
             "steps": self.steps, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-            "codec": self.codec, "file_bytes": self.file_bytes, "ratio": self.ratio,
+            "codec": self.codec, "layer_codecs": self.layer_codecs, "file_bytes": self.file_bytes, "ratio": self.ratio,
             "measured": None if self.measured is None else self.measured.as_dict(),
         }  # fmt: skip
         for name in ("pruning", "quantization"):
@@ -121,7 +123,8 @@ class CompressedModel:
 
         A Hugging Face model's configuration goes into the file, so that load needs nothing else.
         """
-        lk.save(self.model, path, self._report.codec, metadata=metadata_of(self.model))
+        codecs = {**self._report.layer_codecs, "": self._report.codec}
+        lk.save(self.model, path, codecs, metadata=metadata_of(self.model))
         self._report.file_bytes = Path(path).stat().st_size
 
     @classmethod
@@ -189,6 +192,8 @@ class LeptonModel:
     ) -> CompressedModel:
         """Prunes, quantizes and chooses the file's codec: any of the three steps, in this order whatever is left out.
 
+        One Recipe in their place does all three, layer by layer.
+
         Works on a copy unless inplace=True. measure: model inputs, on which the result is measured beside the original
         (CompressedModel.measure). Raises ValueError when no step or two of a kind are given, when a step finds nothing
         to do, and for measure with inplace=True, which leaves no original.
@@ -197,15 +202,17 @@ class LeptonModel:
             raise ValueError("compress: measure is given with inplace=True; allowed: inplace=False, to compare with")
         steps = [step for step in (pruning, quantization, compression) if step is not None]
         kinds = [type(step) for step in steps]
-        allowed = (Pruning, Quantization, Compression)
+        allowed = (Pruning, Quantization, Compression, Recipe)
         for step in steps:
             if type(step) not in allowed:
                 raise ValueError(
-                    f"compress: a step is {step!r}; allowed: Pruning(...), Quantization(...), Compression(...)"
+                    f"compress: a step is {step!r}; allowed: {', '.join(f'{kind.__name__}(...)' for kind in allowed)}"
                 )
-        if not steps or len(set(kinds)) < len(kinds):
+        if not steps or len(set(kinds)) < len(kinds) or (Recipe in kinds and len(kinds) > 1):
             names = ", ".join(kind.__name__ for kind in kinds) or "nothing"
-            raise ValueError(f"compress: steps are {names}; allowed: one to three of different kinds")
+            raise ValueError(
+                f"compress: steps are {names}; allowed: a Recipe, or one to three others of different kinds"
+            )
         steps.sort(key=lambda step: allowed.index(type(step)))
         model = self.model if inplace else copy.deepcopy(self.model)
         before = _state_bytes(model)
@@ -215,10 +222,13 @@ class LeptonModel:
                 report.pruning = step.apply(model)
             elif isinstance(step, Quantization):
                 report.quantization = step.apply(model)
-                if step.fuse:
-                    report.fusion = lk.fuse_(model, optional=True)
+            elif isinstance(step, Recipe):
+                report.pruning, report.quantization = step.apply(model)
+                report.codec, report.layer_codecs = step.codec, step.layer_codecs
             else:
                 report.codec = step.codec
+            if isinstance(step, (Quantization, Recipe)) and step.fuse:
+                report.fusion = lk.fuse_(model, optional=True)
         report.bytes_after = _state_bytes(model)
         compressed = CompressedModel(model, report)
         if measure is not None:

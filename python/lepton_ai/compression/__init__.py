@@ -3,5 +3,6 @@
 from lepton_ai.compression.compression import Compression
 from lepton_ai.compression.pruning import Pruning
 from lepton_ai.compression.quantization import Quantization
+from lepton_ai.compression.recipe import Choice, Recipe
 
-__all__ = ["Compression", "Pruning", "Quantization"]
+__all__ = ["Choice", "Compression", "Pruning", "Quantization", "Recipe"]

@@ -1,0 +1,199 @@
+"""Recipe: a choice for each layer, as lepton tune finds them: a step of LeptonModel.compress, and a YAML file."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lepton_ai.compression.compression import Compression
+from lepton_ai.compression.pruning import Pruning
+from lepton_ai.compression.quantization import Quantization
+from lepton_kernels import PruneReport, QuantizeReport, QuantScheme
+from lepton_kernels._whole_file import whole_file
+from lepton_kernels.nn import SparseLinear
+from lepton_kernels.quantize import LayerRow
+
+_VERSION_KEY, _VERSION = "lepton_recipe", 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one layer.
+
+    sparsity, pattern: the share of its weights that becomes zero first, the smallest ones, as in Pruning; 0: none.
+    scheme, group_size, step: as in Quantization; None keeps the layer's dtype. An nn.Embedding gets int8 rows, of 5, 6
+    or 7 bits where the scheme's weights are. sparse: its zeros are neither stored nor multiplied (nn.SparseLinear).
+    codec: of the layer's tensors in the file.
+    """
+
+    scheme: str | None = None
+    group_size: int | None = None
+    step: float = 0.0
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    sparse: bool = False
+    codec: str = "huffman"
+
+    def __post_init__(self) -> None:
+        Compression(self.codec)
+        if self.sparsity or self.pattern != "unstructured":
+            Pruning(self.sparsity, self.pattern)
+        if self.scheme is not None:
+            replace(QuantScheme.of(self.scheme, self.group_size), step=self.step)
+        elif self.group_size is not None or self.step:
+            raise ValueError(
+                f"Choice: group_size is {self.group_size} and step {self.step} without a scheme; allowed: None and 0"
+            )
+
+    def __str__(self) -> str:
+        parts = [f"{self.sparsity:.0%} {self.pattern} zeros"] if self.sparsity else []
+        parts += ["sparse"] if self.sparse else []
+        group = f" g{self.group_size}" if self.group_size is not None else ""
+        parts += [f"{self.scheme}{group}" if self.scheme is not None else "float"]
+        parts += [f"step {self.step:g}"] if self.step else []
+        parts += [self.codec] if self.codec != "huffman" else []
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and JSON, without those that are as by default."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def apply(self, model: nn.Module, names: Iterable[str]) -> tuple[PruneReport | None, QuantizeReport | None]:
+        """Makes the layers `names` of `model` so, in place. Raises ValueError, as prune_ and quantize_ do."""
+        wanted = set(names)
+
+        def chosen(name: str, _: nn.Module) -> bool:
+            return name in wanted
+
+        pruned = quantized = None
+        if self.sparsity:
+            pruned = Pruning(self.sparsity, self.pattern, include=[chosen]).apply(model)
+        if self.sparse:
+            quantized = QuantizeReport([self._sparsify(model, name) for name in sorted(wanted)])
+        elif self.scheme is not None:
+            step = Quantization(self.scheme, self.group_size, include=[chosen], strict=True, step=self.step)
+            quantized = step.apply(model)
+        return pruned, quantized
+
+    def _sparsify(self, model: nn.Module, name: str) -> LayerRow:
+        parent, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"Choice: {name} is {type(layer).__name__} and sparse=True; allowed: nn.Linear")
+        new = SparseLinear.from_linear(layer, scheme=self.scheme)
+        setattr(model.get_submodule(parent), attribute, new)
+        before, after = (sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (layer, new))
+        weight = layer.weight.detach().float()
+        error = float((new.weight.float() - weight).norm() / weight.norm().clamp(min=1e-30))
+        return LayerRow(name, tuple(weight.shape), self.scheme or "", before, after, error, "sparse")
+
+
+@dataclass(frozen=True, repr=False)
+class Recipe:
+    """A choice for each layer by its name; layers that it does not name stay as they are, coded by Huffman.
+
+    fuse: as in Quantization. notes: what the file says besides, of how the recipe was found; nothing depends on it. No
+    choice depends on data, so the same recipe makes of the same weights the same file, bit for bit.
+    """
+
+    layers: Mapping[str, Choice]
+    fuse: bool = True
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("Recipe: layers is empty; allowed: a Choice for one layer or more")
+
+    def __repr__(self) -> str:
+        return f"Recipe({len(self.layers)} layers, {len(self.by_choice())} choices)"
+
+    def by_choice(self) -> dict[Choice, list[str]]:
+        """The names of the layers that share a choice."""
+        out: dict[Choice, list[str]] = {}
+        for name, choice in self.layers.items():
+            out.setdefault(choice, []).append(name)
+        return out
+
+    @property
+    def codec(self) -> str:
+        """Of all in the file that layer_codecs does not name."""
+        return "huffman"
+
+    @property
+    def layer_codecs(self) -> dict[str, str]:
+        """The codecs of layers that have another than the rest."""
+        return {name: choice.codec for name, choice in self.layers.items() if choice.codec != self.codec}
+
+    def apply(self, model: nn.Module) -> tuple[PruneReport | None, QuantizeReport | None]:
+        """Prunes and quantizes `model` in place. Raises ValueError for names that it does not have."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        unknown = sorted(set(self.layers) - set(modules))
+        if unknown:
+            raise ValueError(
+                f"Recipe: layers holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {type(model).__name__} "
+                f"does not have; allowed: names of its layers"
+            )
+        prunings: list[PruneReport] = []
+        quantizations: list[QuantizeReport] = []
+        groups: dict[Choice, list[str]] = {}
+        for choice, names in self.by_choice().items():
+            groups.setdefault(replace(choice, codec="huffman"), []).extend(names)
+        for choice, names in groups.items():
+            pruned, quantized = choice.apply(model, names)
+            prunings += [pruned] if pruned is not None else []
+            quantizations += [quantized] if quantized is not None else []
+        pruning = PruneReport([row for report in prunings for row in report.rows]) if prunings else None
+        rows = [row for report in quantizations for row in report.rows]
+        return pruning, QuantizeReport(rows) if quantizations else None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the recipe as YAML: a list of choices, each with the names of its layers."""
+        import yaml
+
+        choices = [{**choice.as_dict(), "layers": names} for choice, names in self.by_choice().items()]
+        content = {_VERSION_KEY: _VERSION, **self.notes, "fuse": self.fuse, "choices": choices}
+        with whole_file(Path(path)) as file:
+            file.write(yaml.safe_dump(content, sort_keys=False, width=120).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Reads what save wrote, or a person. Raises ValueError that names what is wrong, OSError."""
+        import yaml
+
+        def wrong(what: str, allowed: str) -> ValueError:
+            return ValueError(f"Recipe.load: {path}: {what}; allowed: {allowed}")
+
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise wrong(f"no YAML: {error}", "what Recipe.save writes") from error
+        if not isinstance(content, dict) or content.get(_VERSION_KEY) != _VERSION:
+            version = content.get(_VERSION_KEY) if isinstance(content, dict) else None
+            raise wrong(f"{_VERSION_KEY} is {version!r}", str(_VERSION))
+        fuse, choices = content.get("fuse", True), content.get("choices")
+        if not isinstance(fuse, bool):
+            raise wrong(f"fuse is {fuse!r}", "true, false")
+        if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
+            raise wrong(f"choices is {type(choices).__name__}", "a list of choices, each with its layers")
+        known = {f.name for f in fields(Choice)}
+        layers: dict[str, Choice] = {}
+        for item in choices:
+            names = item.pop("layers", None)
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise wrong(f"layers of {item} is {names!r}", "a list of names")
+            unknown = sorted(map(str, set(item) - known))
+            if unknown:
+                raise wrong(f"a choice has {', '.join(unknown)}", ", ".join(sorted(known | {"layers"})))
+            try:
+                choice = Choice(**item)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Recipe.load: {path}: {item}: {error}") from error
+            for name in names:
+                if name in layers:
+                    raise wrong(f"{name} stands in two choices", "each layer once")
+                layers[name] = choice
+        notes = {key: value for key, value in content.items() if key not in (_VERSION_KEY, "fuse", "choices")}
+        return cls(layers, fuse, notes)
