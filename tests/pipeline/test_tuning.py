@@ -255,15 +255,8 @@ def test_the_command_line(net, tmp_path, monkeypatch):
     for kind, few in FEW.items():
         monkeypatch.setitem(CANDIDATES, kind, few)
     model, recipe = f"{tmp_path}/mine.py:make", f"{tmp_path}/recipe.yaml"
-    options = [
-        "--budget",
-        "cosine>=0.999",
-        "--inputs",
-        f"{tmp_path}/inputs.pt",
-        "--plot",
-        f"{tmp_path}/f.png",
-        "--json",
-    ]
+    options = ["--budget", "cosine>=0.999", "--inputs", f"{tmp_path}/inputs.pt", "--seconds", "0.05", "--json"]
+    options += ["--plot", f"{tmp_path}/f.png"]
     result = CliRunner().invoke(app, ["tune", model, "-o", recipe, *options])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

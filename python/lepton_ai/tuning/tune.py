@@ -149,7 +149,7 @@ def tune(
         chosen = zip(units, (option.choice for option in states[place]), strict=True)
         recipe = Recipe({name: choice for unit in chosen for name, choice in zip(*unit, strict=True)})
         estimate = sum(option.error for option in states[place])
-        tuned[place] = bench.point(f"tuned, estimated 1 - cosine {estimate:.2g}", recipe)
+        tuned[place] = bench.point(f"tuned, estimated 1 - cosine {estimate:.3g}", recipe)
         return wanted.holds(tuned[place].value)
 
     # The metric falls along the states but for noise. Those measured on the way are the front's other points.
