@@ -85,7 +85,7 @@ def test_embeddings_are_quantized_unless_told_otherwise(net):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda net: LeptonModel(net).compress(), "steps are nothing; allowed: one to three of different kinds"),
+        (lambda net: LeptonModel(net).compress(), "steps are nothing; allowed: a Recipe, or one to three others"),
         (lambda net: LeptonModel(net).compress(Pruning(0.1), Pruning(0.2)), "steps are Pruning, Pruning"),
         (lambda net: LeptonModel(net).compress("w8a8"), r"a step is 'w8a8'; allowed: Pruning"),
         (lambda net: Pruning(1.5), "sparsity is 1.5; allowed: 0 <= sparsity < 1"),

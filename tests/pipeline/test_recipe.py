@@ -31,7 +31,7 @@ RECIPE = Recipe(
         "table": Choice("w8a8", step=0.2),
         "body.0": Choice("w8a8", step=0.1, codec="lzw"),
         "body.2": Choice("w4a16", group_size=32),
-        "body.3": Choice("w8a8", sparsity=0.7, sparse=True),
+        "body.3": Choice("w8a8", sparsity=0.7, sparse=True, step=0.3),
         "head": Choice(sparsity=0.5, pattern="2:4", codec="none"),
         "memory": Choice("w8a8"),
     },
@@ -56,6 +56,8 @@ def test_every_choice_is_done_and_told(net, tmp_path):
     assert model.body[0].scheme.name == "w8a8"
     assert model.body[0].scheme.step == pytest.approx(0.1 * float(net.body[0].weight.detach().square().mean().sqrt()))
     assert (model.body[2].scheme.name, model.body[2].scheme.group_size) == ("w4a16", 32)
+    pruned = torch.where(model.body[3].weight == 0, 0.0, net.body[3].weight.detach())
+    assert model.body[3].scheme.step == pytest.approx(0.3 * float(pruned.square().mean().sqrt()), rel=1e-5)
     assert model.body[3].sparsity == pytest.approx(0.7, abs=0.01)
     assert ((model.head.weight == 0).view(64, -1, 4).sum(2) == 2).all()
     rows = {row.name: row for row in compressed.explain().rows}

@@ -180,6 +180,8 @@ def test_the_chosen_model_keeps_the_budget_and_beats_single_schemes(net, tmp_pat
         net, iter(INPUTS), "cosine>=0.999", minimize, candidates=FEW, price_per_hour=price, seconds=0.05, seed=1
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
     chosen = result.chosen
     compressed = LeptonModel(net).compress(result.recipe)
     close = fidelity(output_vectors(net, INPUTS), output_vectors(compressed.model, INPUTS))

@@ -15,6 +15,7 @@ from lepton_kernels import PruneReport, QuantizeReport, QuantScheme
 from lepton_kernels._whole_file import whole_file
 from lepton_kernels.nn import SparseLinear
 from lepton_kernels.quantize import LayerRow
+from lepton_kernels.quantizers import with_step
 
 _VERSION_KEY, _VERSION = "lepton_recipe", 1
 
@@ -83,7 +84,10 @@ class Choice:
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"Choice: {name} is {type(layer).__name__} and sparse=True; allowed: nn.Linear")
-        new = SparseLinear.from_linear(layer, scheme=self.scheme)
+        scheme = None
+        if self.scheme is not None:
+            scheme = with_step(QuantScheme.of(self.scheme, self.group_size), layer.weight, self.step)
+        new = SparseLinear.from_linear(layer, scheme=scheme)
         setattr(model.get_submodule(parent), attribute, new)
         before, after = (sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (layer, new))
         weight = layer.weight.detach().float()

@@ -82,7 +82,8 @@ class Workbench:
             for gpu in self._gpus:
                 torch.cuda.synchronize(gpu)
 
-        with ExitStack() as modes, torch.inference_mode():
+        with ExitStack() as modes:
             for model in models.values():
                 modes.enter_context(evaluating(model))
+            modes.enter_context(torch.inference_mode())
             return in_turn({name: partial(run, model) for name, model in models.items()}, seconds, energy)
