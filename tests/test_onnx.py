@@ -91,6 +91,19 @@ def test_sparse_convolutions(scheme, tmp_path):
     assert (y - want).norm() / want.norm() < tolerance(scheme)
 
 
+def test_a_sparse_convolution_takes_any_batch(tmp_path):
+    (conv,) = pruned(nn.Conv2d(5, 19, 3, padding=1))
+    model = nn.Sequential(lk.nn.SparseConv2d.from_conv(conv)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = {0: torch.export.Dim("batch")}
+        lk.onnx.export(model, (torch.randn(3, 5, 9, 8),), tmp_path / "model.onnx", dynamic_shapes=(batch,))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 5, 9, 8)
+    y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(y, model(x))
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_exact_decides_whether_weights_are_multiplied_unsigned(exact, tmp_path):
     onnx = pytest.importorskip("onnx")

@@ -138,6 +138,8 @@ class SparseConv2d(nn.Module):
                 f"{self.kernel_size} with dilation {self.dilation}"
             )
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        if torch.compiler.is_exporting():  # the number of parts would fix the batch
+            return self._multiply(x, size).permute(0, 3, 1, 2)
         image = math.prod(size) * self.product.in_features * x.element_size()
         parts = [self._multiply(part, size) for part in x.split(max(1, _ROW_BYTES // max(image, 1)))]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
