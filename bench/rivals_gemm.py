@@ -80,9 +80,8 @@ def _unsigned_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     zero = 1 << (bits - 1)
     groups = weight.view(n, k // GROUP, GROUP)
     scale = groups.abs().amax(2, keepdim=True) / (zero - 1)
-    return (torch.round(groups / torch.where(scale == 0, 1.0, scale)) + zero).to(torch.uint8), scale[
-        ..., 0
-    ].contiguous()
+    values = torch.round(groups / torch.where(scale == 0, 1.0, scale)) + zero
+    return values.to(torch.uint8), scale[..., 0].contiguous()
 
 
 def torch_float(weight: Tensor, dtype: torch.dtype) -> Bind:
