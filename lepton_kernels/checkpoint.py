@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lepton_kernels import model_file
+from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
@@ -273,4 +274,5 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
             owner._parameters[attribute] = made
         else:
             owner._buffers[attribute] = tensor
+    disable_fused_path(model)
     return model

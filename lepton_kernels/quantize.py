@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lepton_kernels._backends import kernel_name, recurrent_kernel_name
+from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
@@ -122,13 +123,6 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _disable_fused_path(model: nn.Module) -> None:
-    # nn.TransformerEncoderLayer's fused inference path hands linear1.weight to a float kernel; this is its own switch.
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLinear):
-            module.activation_relu_or_gelu = 0
-
-
 def quantize_(
     model: nn.Module,
     scheme: str | QuantScheme = "w8a8",
@@ -198,7 +192,7 @@ def quantize_(
             error = _relative_error(module, new)
             report.rows.append(LayerRow(name, shape, label, before, _bytes(new), error, kernel))
         setattr(parent, attribute, made[id(module)][1])
-    _disable_fused_path(model)
+    disable_fused_path(model)
     return report
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
 from lepton_kernels.nn import QuantLinear, SparseConv2d, SparseLinear
@@ -220,6 +221,7 @@ def sparsify_(
         made[id(module)] = (module, new)
         setattr(parent, attribute, new)
         report.rows.append(SparsifyRow(name, shape, zeros, best, before, _bytes(new), inputs, times))
+    disable_fused_path(model)
     if all(row.skipped for row in report.rows):
         skipped = ", ".join(f"{row.name} ({row.skipped})" for row in report.rows) or "no nn.Linear or nn.Conv2d found"
         raise ValueError(f"sparsify_: nothing to do in {type(model).__name__}; skipped: {skipped}")

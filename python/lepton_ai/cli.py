@@ -156,8 +156,7 @@ def compress(
             Compression(codec),
         ]
         if recipe is not None:
-            sources = {name: context.get_parameter_source(name) for name in _REPLACED}
-            given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+            given = [name for name in _REPLACED if _is_given(context, name)]
             if given:
                 raise ValueError(f"--recipe is given with {', '.join(given)}; allowed: the recipe says all of these")
             steps = [Recipe.load(recipe)]
@@ -179,8 +178,29 @@ def compress(
     typer.echo(f"wrote {output}")
 
 
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _loaded(path: Path) -> Any:
+    """What torch.save wrote: a list of tensors, or of structures of them."""
+    import torch
+
+    try:
+        items = torch.load(path)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"--inputs is {path}: {error or type(error).__name__}; allowed: what torch.save wrote"
+        ) from error
+    if not isinstance(items, list):
+        raise ValueError(f"--inputs is {path} with {type(items).__name__}; allowed: a list of model inputs")
+    return items
+
+
 @app.command()
 def tune(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write, YAML, for compress --recipe.")],
     budget: Annotated[
@@ -202,33 +222,35 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Find what each layer should become so that a model is smallest, fastest or cheapest within a budget."""
-    import torch
-
     from lepton_ai.measure import token_batch
     from lepton_ai.model import LeptonModel
     from lepton_ai.tuning import tune as tuned
+    from lepton_ai.tuning.result import check_plot
 
     with _errors():
         for option, path in (("output", output), ("--plot", plot)):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{option} is {path}: there is no folder {path.parent}")
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise ValueError(f"{option} is {path}; allowed: a file in a folder that there is")
+        if plot is not None:
+            check_plot(plot)
         if inputs is not None and calibration is not None:
             raise ValueError(f"--inputs is {inputs} and --calibration {calibration}; allowed: one of them")
-        try:
-            items = _texts(model, calibration, "tune without --inputs") if inputs is None else torch.load(inputs)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"--inputs is {inputs}: {error}") from error
+        given = [name for name in ("batch", "tokens") if _is_given(context, name)]
+        if inputs is not None and given:
+            raise ValueError(f"--inputs is given with {', '.join(given)}; allowed: the first of the inputs is timed")
+        items = _texts(model, calibration, "tune without --inputs") if inputs is None else _loaded(inputs)
         original = LeptonModel(model)
         example = token_batch(original.model, batch, tokens) if inputs is None else None
         result = tuned(original, items, budget, minimize, example=example, price_per_hour=price, seconds=seconds)
+        if as_json:
+            _print_json({**result.as_dict(), "output": str(output)})
+        else:
+            typer.echo(str(result))
         result.recipe.save(output)
         if plot is not None:
             result.plot(plot)
-    if as_json:
-        _print_json({**result.as_dict(), "output": str(output)})
-        return
-    typer.echo(str(result))
-    typer.echo(f"wrote {output}")
+    if not as_json:
+        typer.echo(f"wrote {output}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,6 +85,15 @@ class CompressionReport:
         return "\n\n".join(parts)
 
 
+def _codecs_of(file: ModelFile) -> tuple[str, dict[str, str]]:
+    """The codec of most tensors of a file that have one, and those of modules that have another."""
+    coded = [entry for entry in file.entries.values() if entry.codec != "none"]
+    counts = Counter(entry.codec for entry in coded)
+    most = min(counts, key=lambda codec: (-counts[codec], codec), default="none")
+    others = {entry.name.rpartition(".")[0]: entry.codec for entry in coded if entry.codec != most}
+    return most, others
+
+
 class CompressedModel:
     """A compressed model: call it as the original, or take the nn.Module from `.model`."""
 
@@ -142,9 +152,10 @@ class CompressedModel:
                 raise ValueError(f"load: {path} does not say what model it holds; pass model=, the architecture")
             model = model_of_config(file.metadata[CONFIG_KEY])
         lk.load(path, model=model)
-        codecs = {entry.codec for entry in file.entries.values()} - {"none"}
         after = _state_bytes(model)
-        report = CompressionReport(after, after, codecs.pop() if codecs else "none", Path(path).stat().st_size)
+        codec, layer_codecs = _codecs_of(file)
+        size = Path(path).stat().st_size
+        report = CompressionReport(after, after, codec, size, layer_codecs=layer_codecs)
         if fuse:
             report.fusion = lk.fuse_(model, optional=True)
         return cls(model, report)

@@ -84,6 +84,57 @@ def test_one_choice_for_all_is_what_quantization_does(net, tmp_path):
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_layer_at_two_places_is_replaced_at_both():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+            self.b = self.a
+
+    for choice in (Choice("w8a8"), Choice("w8a8", sparsity=0.5, sparse=True)):
+        made = LeptonModel(Twice()).compress(Recipe({"b": choice})).model
+        assert type(made.a) is not nn.Linear
+        assert made.a is made.b
+    same = Recipe({"a": Choice("w8a8"), "b": Choice("w8a8", codec="lzw")})
+    assert LeptonModel(Twice()).compress(same).model.a is not None
+    with pytest.raises(ValueError, match="a and b are one layer, and have w8a8 and w8a16; allowed: one choice"):
+        LeptonModel(Twice()).compress(Recipe({"a": Choice("w8a8"), "b": Choice("w8a16")}))
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+@pytest.mark.parametrize("choice", [Choice("w8a8"), Choice("w8a8", sparsity=0.5, sparse=True)], ids=str)
+def test_torchs_own_transformer_layer_calls_what_a_recipe_made(name, choice, tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    compressed = LeptonModel(layer).compress(Recipe({name: choice}))
+    compressed.save(tmp_path / "a")
+    for made in (
+        compressed.model,
+        CompressedModel.load(tmp_path / "a", nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()).model,
+    ):
+        calls = []
+        forward = getattr(made, name).forward
+        getattr(made, name).forward = lambda x, forward=forward, calls=calls: calls.append(1) or forward(x)
+        with torch.inference_mode():
+            made(torch.randn(2, 5, 32))
+        assert calls == [1]
+
+
+def test_a_loaded_file_is_saved_again_the_same(net, tmp_path):
+    for codec in ("huffman", "lzw"):
+        choices = {"body.0": Choice("w8a8", step=0.3, codec=codec), "body.2": Choice("w8a8"), "body.3": Choice("w8a8")}
+        LeptonModel(net).compress(Recipe(choices)).save(tmp_path / "a")
+        again = CompressedModel.load(tmp_path / "a", Net().eval())
+        assert again.report().layer_codecs == ({"body.0": "lzw"} if codec == "lzw" else {})
+        again.save(tmp_path / "b")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_pattern_says_its_share():
+    assert Choice(pattern="2:4").sparsity == 0.5
+    assert Choice(pattern="2:4") == Choice(sparsity=0.5, pattern="2:4")
+
+
 def test_a_recipe_is_the_same_from_its_file(net, tmp_path):
     RECIPE.save(tmp_path / "recipe.yaml")
     again = Recipe.load(tmp_path / "recipe.yaml")
@@ -116,7 +167,23 @@ def test_a_tuned_model_trains_and_keeps_its_choices(net):
         ("{lepton_recipe: 1, choices: [{scheme: w3a8, layers: [a]}]}", "scheme is 'w3a8'; allowed"),
         ("{lepton_recipe: 1, choices: [{scheme: w4a8, step: 0.1, layers: [a]}]}", "step is 0.1 with 4 bits"),
         ("{lepton_recipe: 1, choices: [{step: 0.1, layers: [a]}]}", "step 0.1 without a scheme"),
-        ("{lepton_recipe: 1, choices: [{scheme: w8a8, step: x, layers: [a]}]}", "Recipe.load: .*step"),
+        ("{lepton_recipe: 1, choices: [{scheme: w8a8, step: x, layers: [a]}]}", "step is 'x'; allowed: a number"),
+        ("{lepton_recipe: 1, choices: [{scheme: w8a8, step: 1e-1, layers: [a]}]}", "with a point where it has an exp"),
+        ("{lepton_recipe: 1, choices: [{scheme: w8a8, step: true, layers: [a]}]}", "step is True; allowed: a number"),
+        ("{lepton_recipe: 1, choices: [{pattern: 2:4, layers: [a]}]}", "pattern is 124; allowed: .*in quotes"),
+        ("{lepton_recipe: 1, choices: [{pattern: foo, layers: [a]}]}", "pattern"),
+        ("{lepton_recipe: 1, choices: [{sparse: 'false', layers: [a]}]}", "sparse is 'false'; allowed: true, false"),
+        (
+            "{lepton_recipe: 1, choices: [{scheme: w4a8, sparse: true, layers: [a]}]}",
+            "scheme is 'w4a8' with sparse=True",
+        ),
+        (
+            "{lepton_recipe: 1, choices: [{scheme: w4a8, group_size: 32.0, layers: [a]}]}",
+            "group_size is 32.0; allowed:",
+        ),
+        ("{lepton_recipe: 1, choices: [{scheme: w8a8, layers: [3]}]}", "numbers in quotes"),
+        ("{lepton_recipe: 1, fused: false, choices: []}", "it has fused; allowed: lepton_recipe, notes, fuse, choices"),
+        ("{lepton_recipe: 1, notes: 3, choices: []}", "notes is 3; allowed: names with values"),
         ("{lepton_recipe: 1, choices: [{sparsity: 2, layers: [a]}]}", "sparsity is 2"),
         ("{lepton_recipe: 1, choices: [{codec: zip, layers: [a]}]}", "codec is 'zip'"),
         ("{lepton_recipe: 1, choices: [{layers: [a]}, {scheme: w8a8, layers: [a]}]}", "a stands in two choices"),
@@ -132,8 +199,17 @@ def test_errors(net):
     model = LeptonModel(net)
     with pytest.raises(ValueError, match=r"layers holds boddy.0 \(1 in all\), which Net does not have"):
         model.compress(Recipe({"boddy.0": Choice("w8a8")}))
-    with pytest.raises(ValueError, match=r"table is Embedding and sparse=True; allowed: nn.Linear"):
+    with pytest.raises(ValueError, match=r"table is Embedding with sparse=True; allowed: nn.Linear"):
         model.compress(Recipe({"table": Choice("w8a8", sparse=True)}))
+    for name, choice, what in (
+        ("body", Choice("w8a8"), "body is Sequential with scheme 'w8a8'; allowed: nn.Linear, nn.Embedding, nn.LSTM"),
+        ("body.1", Choice("w8a8"), "body.1 is ReLU with scheme"),
+        ("table", Choice(sparsity=0.5), "table is Embedding with sparsity 0.5; allowed: nn.Linear, nn.Conv2d"),
+    ):
+        before = net.body[0]
+        with pytest.raises(ValueError, match=what):  # though another layer could take it
+            model.compress(Recipe({"body.0": choice, name: choice}), inplace=True)
+        assert net.body[0] is before
     with pytest.raises(ValueError, match="steps are Recipe, Quantization; allowed: a Recipe, or one to three"):
         model.compress(RECIPE, Quantization())
     with pytest.raises(ValueError, match="recurrent layers have no w4a8 kernel"):

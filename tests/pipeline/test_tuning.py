@@ -1,8 +1,10 @@
 """lepton tune: its search against trying everything, its estimates against what happens, and the whole of it."""
 
+import importlib
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +62,21 @@ def net():
     return Net().eval()
 
 
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Uncalled(Frozen):
+    def forward(self, x):
+        return x @ self.layer.weight
+
+
 def test_budgets():
     assert Budget.of("cosine>=0.995") == Budget("cosine", 0.995)
     assert Budget.of(" sqnr >= 20 ") == Budget("sqnr", 20)
@@ -105,7 +122,8 @@ def test_sensitivities_are_what_each_replacement_alone_costs(net):
     replacements = {name: {c: made(layer, c) for c in choices[type(layer)]} for name, layer in layers.items()}
     for parameter in net.parameters():
         parameter.requires_grad_(False)  # it need not be a model in training
-    estimated = sensitivities(net, replacements, INPUTS, probes=64)
+    estimated, unknown = sensitivities(net, replacements, INPUTS, probes=64)
+    assert unknown == ["unused"]
     reference = output_vectors(net, INPUTS)
     for name, found in estimated.items():
         for choice, estimate in found.items():
@@ -132,12 +150,179 @@ def test_sensitivities_of_recurrent_layers_and_of_one_called_twice():
     model, inputs = Twice().eval(), [torch.randn(16, 7, 48)]
     layers = tunable_layers(model, CANDIDATES)
     choices = {"same": Choice("w8a8", step=0.2), "memory": Choice("w8a8")}
-    estimated = sensitivities(model, {n: {c: made(layers[n], c)} for n, c in choices.items()}, inputs, probes=64)
+    estimated, _ = sensitivities(model, {n: {c: made(layers[n], c)} for n, c in choices.items()}, inputs, probes=64)
     reference = output_vectors(model, inputs)
     for name, choice in choices.items():
         alone = LeptonModel(model).compress(Recipe({name: choice}, fuse=False)).model
         cost = 1 - fidelity(reference, output_vectors(alone, inputs)).cosine_mean
         assert estimated[name][choice] == pytest.approx(cost, rel=0.3)
+
+
+class InPlace(nn.Module):
+    """Writes into what its layers gave and were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.last = nn.Embedding(300, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, index):
+        x = self.table(index)
+        x += 0.1
+        x += self.first(x)
+        x.relu_()
+        return self.last(x).mean(1)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_models_that_write_in_place_are_seen_as_they_were(trains):
+    torch.manual_seed(0)
+    model = InPlace().eval().requires_grad_(trains)
+    choice = Choice("w8a8", step=0.2)
+    replacements = {name: {choice: made(layer, choice)} for name, layer in tunable_layers(model, CANDIDATES).items()}
+    estimated, _ = sensitivities(model, replacements, INPUTS, probes=64)
+    reference = output_vectors(model, INPUTS)
+    for name in replacements:
+        alone = LeptonModel(model).compress(Recipe({name: choice}, fuse=False)).model
+        cost = 1 - fidelity(reference, output_vectors(alone, INPUTS)).cosine_mean
+        assert estimated[name][choice] == pytest.approx(cost, rel=0.3), name
+
+
+class LastState(nn.Module):
+    """Uses an LSTM's last state alone, of packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.head = nn.LSTM(16, 32, batch_first=True, num_layers=2, dropout=0.5), nn.Linear(32, 8)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
+        _, (h, _) = self.memory(packed)
+        return self.head(h[-1])
+
+
+def test_states_of_recurrent_layers_count_and_dropout_does_not():
+    torch.manual_seed(0)
+    model, inputs = LastState().train(), [torch.randn(16, 5, 16)]
+    result = tune(model, inputs, "cosine>=0.9999", candidates=CANDIDATES, seconds=0.01)
+    assert model.training
+    assert result.chosen.value >= 0.9999
+    choices = {"memory": {Choice("w8a8"): made(model.eval().memory, Choice("w8a8"))}}
+    estimated, unknown = sensitivities(model, choices, inputs, probes=64)
+    alone = LeptonModel(model).compress(Recipe({"memory": Choice("w8a8")})).model
+    cost = 1 - fidelity(output_vectors(model, inputs), output_vectors(alone, inputs)).cosine_mean
+    assert estimated["memory"][Choice("w8a8")] == pytest.approx(cost, rel=0.4)
+    assert unknown == []
+
+
+def test_where_lengths_count_they_are_seen():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).eval(), [torch.randn(200, 64)]
+    choice = Choice("w8a8", step=0.2)
+    replacements = {name: {choice: made(layer, choice)} for name, layer in tunable_layers(model, CANDIDATES).items()}
+    estimated, _ = sensitivities(model, replacements, inputs, probes=64, directions=False)
+    reference = output_vectors(model, inputs)
+    for name in replacements:
+        alone = LeptonModel(model).compress(Recipe({name: choice}, fuse=False)).model
+        noise = 10 ** (-fidelity(reference, output_vectors(alone, inputs)).sqnr_db / 10)
+        assert 2 * estimated[name][choice] == pytest.approx(noise, rel=0.3)
+    result = tune(model, inputs, "sqnr>=30", seconds=0.01)
+    assert result.chosen.value >= 30
+    assert result.chosen.file_bytes < result.best_single.file_bytes
+    json.loads(json.dumps(result.as_dict(), allow_nan=False))
+
+
+def test_layers_that_no_input_reaches_are_left_all_but_alone(net):
+    result = tune(net, INPUTS, "cosine>=0.9", seconds=0.01)
+    assert result.unreached == ["unused"]
+    choice = result.recipe.layers["unused"]
+    assert (choice.scheme, choice.step, choice.sparsity) in ((None, 0, 0), ("w8a8", 0, 0))
+    assert result.recipe.notes["unreached"] == ["unused"]
+    assert "the inputs do not reach unused" in str(result)
+
+
+def test_the_model_as_it_is_is_always_a_way_out(net, tmp_path):
+    coarse = {nn.Linear: (Choice("w8a8", step=0.5),), nn.Embedding: (Choice("w8a8", step=0.5),)}
+    result = tune(net, INPUTS, "sqnr>=200", candidates=coarse, seconds=0.01)
+    assert result.chosen.label == "float"
+    assert all(choice == Choice() for choice in result.recipe.layers.values())
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["chosen"]["value"] is None
+    result.plot(tmp_path / "a.png")
+
+
+def test_schemes_that_are_no_candidates_are_measured_and_not_chosen(net):
+    few = {nn.Linear: (Choice(), Choice("w8a16")), nn.Embedding: (Choice(), Choice("w8a8"))}
+    result = tune(net, INPUTS, "cosine>=0.99", candidates=few, seconds=0.01)
+    assert {choice.scheme for choice in result.recipe.layers.values()} <= {None, "w8a16", "w8a8"}
+    assert all(choice.step == 0 for choice in result.recipe.layers.values())
+    assert result.best_single.file_bytes < result.chosen.file_bytes
+    assert not result.best_single.allowed
+
+
+def faked(monkeypatch, seconds) -> list[list[str]]:
+    """Times are what seconds(choice) says, summed over layers; returns the labels that were timed again."""
+    module = importlib.import_module("lepton_ai.tuning.tune")  # the package has a function of that name
+    from lepton_ai.tuning.workbench import Workbench
+
+    again: list[list[str]] = []
+
+    def tables(layers, replacements, calls):
+        return {name: {c: seconds(c) for c in found} for name, found in replacements.items()}
+
+    def timed_again(self, points, energy, seconds):
+        again.append([point.label for point in points])
+        return [replace(point, seconds=2 * point.seconds, joules=1.0) for point in points]
+
+    point = Workbench.point
+
+    def measured(self, label, recipe, **options):
+        found = point(self, label, recipe, **options)
+        took = len(NAMES) * seconds(Choice()) if recipe is None else sum(map(seconds, recipe.layers.values()))
+        return replace(found, seconds=took)
+
+    monkeypatch.setattr(module, "latencies", tables)
+    monkeypatch.setattr(Workbench, "point", measured)
+    monkeypatch.setattr(Workbench, "timed_again", timed_again)
+    return again
+
+
+NAMES = ("table", "attention.query", "attention.key", "attention.value", "up", "down", "unused")
+
+
+def test_time_is_minimized_where_it_is_asked_for(net, monkeypatch):
+    again = faked(monkeypatch, lambda choice: {None: 5.0, "w8a8": 3.0, "w4a16": 1.0}.get(choice.scheme, 9.0))
+    result = tune(net, INPUTS, "cosine>=0.9", "latency", candidates=FEW, seconds=0.01)
+    linear = [result.recipe.layers[name] for name in NAMES if name not in ("table", "unused")]
+    assert {(choice.scheme, choice.group_size) for choice in linear} == {("w4a16", 32)}
+    assert again[-1][0] == "the model as it is"
+    assert result.chosen.label in again[-1]
+    assert result.chosen.joules == 1.0
+    assert result.points[0].joules == 1.0
+    by_size = tune(net, INPUTS, "cosine>=0.9", "size", candidates=FEW, seconds=0.01)
+    assert by_size.recipe.layers["up"].scheme == "w8a8"  # with a step it takes fewer bytes than four bits
+    assert by_size.chosen.file_bytes < result.chosen.file_bytes
+
+
+def test_what_shares_an_input_has_one_choice_where_time_is_minimized(net, monkeypatch):
+    faked(monkeypatch, lambda choice: {None: 5.0, "w8a8": 3.0 - choice.step}.get(choice.scheme, 9.0))
+    result = tune(net, INPUTS, "cosine>=0.9995", "latency", candidates=FEW, seconds=0.01)
+    tuned = [point for point in result.points if point.label.startswith("tuned")]
+    for point in tuned:
+        layers = point.recipe.layers
+        names = ("attention.query", "attention.key", "attention.value")
+        assert len({(layers[name].scheme, layers[name].step) for name in names}) == 1
+
+
+def test_a_single_scheme_that_is_faster_when_timed_again_is_chosen(net, monkeypatch):
+    faked(monkeypatch, lambda choice: 1.0)
+    from lepton_ai.tuning.workbench import Workbench
+
+    def timed_again(self, points, energy, seconds):
+        return [replace(point, seconds=0.1 if point.single else 9.0) for point in points]
+
+    monkeypatch.setattr(Workbench, "timed_again", timed_again)
+    result = tune(net, INPUTS, "cosine>=0.9", "latency", candidates=FEW, seconds=0.01)
+    assert result.chosen.single
+    assert result.chosen.seconds == 0.1
 
 
 def test_latencies_are_measured_once_for_a_shape_and_a_kernel(net, monkeypatch):
@@ -232,6 +417,9 @@ def test_a_metric_of_ones_own(net):
         ({"probes": 0}, "probes is 0; allowed: 1 or more"),
         ({"inputs": []}, "tune: inputs is empty"),
         ({"model": nn.Sequential(nn.ReLU())}, "Sequential has no layer to tune; allowed: a model with nn.Linear"),
+        ({"model": nn.Linear(3, 3, device="meta")}, "tensors on the meta device"),
+        ({"model": Frozen(), "inputs": [torch.ones(4, 3)]}, "the model's output has no gradient"),
+        ({"model": Uncalled(), "inputs": [torch.ones(4, 3)]}, "calls none of its layers"),
     ],
 )
 def test_errors(net, arguments, message):
@@ -269,7 +457,12 @@ def test_the_command_line(net, tmp_path, monkeypatch):
     assert all(entry.codec in ("huffman", "lzw", "none") for entry in lk.inspect(tmp_path / "a"))
     for wrong, message in (
         (["tune", model, "-o", recipe], "model is .*; allowed: a Hugging Face folder"),
-        (["tune", model, "-o", f"{tmp_path}/no/r.yaml", *options], "there is no folder"),
+        (["tune", model, "-o", f"{tmp_path}/no/r.yaml", *options], "allowed: a file in a folder that there is"),
+        (["tune", model, "-o", f"{tmp_path}", *options], "allowed: a file in a folder that there is"),
+        (["tune", model, "-o", recipe, *options, "--plot", "f.xyz"], "allowed: a name that ends in .*png"),
+        (["tune", model, "-o", recipe, *options, "--batch", "3"], "--inputs is given with batch"),
+        (["tune", model, "-o", recipe, "--inputs", f"{tmp_path}/weights.pt"], "allowed: a list of model inputs"),
+        (["tune", model, "-o", recipe, "--inputs", f"{tmp_path}/mine.py"], "allowed: what torch.save wrote"),
     ):
         result = CliRunner().invoke(app, wrong)
         assert result.exit_code == 2

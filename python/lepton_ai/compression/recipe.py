@@ -12,19 +12,36 @@ from lepton_ai.compression.compression import Compression
 from lepton_ai.compression.pruning import Pruning
 from lepton_ai.compression.quantization import Quantization
 from lepton_kernels import PruneReport, QuantizeReport, QuantScheme
+from lepton_kernels._fused_path import disable_fused_path
+from lepton_kernels._select import sites_of
 from lepton_kernels._whole_file import whole_file
 from lepton_kernels.nn import SparseLinear
+from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
+from lepton_kernels.nn.sparse_linear import SCHEMES
 from lepton_kernels.quantize import LayerRow
 from lepton_kernels.quantizers import with_step
+from lepton_kernels.sparse import Pattern
 
 _VERSION_KEY, _VERSION = "lepton_recipe", 1
+_QUANTIZED = (nn.Linear, nn.Embedding, *REPLACEMENTS)
+_NUMBER = "a number (with a point where it has an exponent, not in quotes)"
+_FIELDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("scheme", (str, type(None)), "a scheme's name, or none"),
+    ("group_size", (int, type(None)), "a whole number, or none"),
+    ("step", (int, float), _NUMBER),
+    ("sparsity", (int, float), _NUMBER),
+    ("pattern", (str,), "a pattern's name (in quotes in YAML: '2:4' is a number there without)"),
+    ("sparse", (bool,), "true, false"),
+    ("codec", (str,), "a codec's name"),
+)
 
 
 @dataclass(frozen=True)
 class Choice:
     """What becomes of one layer.
 
-    sparsity, pattern: the share of its weights that becomes zero first, the smallest ones, as in Pruning; 0: none.
+    sparsity, pattern: the share of its weights that becomes zero first, the smallest ones, as in Pruning; 0: none, or
+    what the pattern says.
     scheme, group_size, step: as in Quantization; None keeps the layer's dtype. An nn.Embedding gets int8 rows, of 5, 6
     or 7 bits where the scheme's weights are. sparse: its zeros are neither stored nor multiplied (nn.SparseLinear).
     codec: of the layer's tensors in the file.
@@ -39,9 +56,18 @@ class Choice:
     codec: str = "huffman"
 
     def __post_init__(self) -> None:
+        for name, kinds, allowed in _FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"Choice: {name} is {value!r}; allowed: {allowed}")
         Compression(self.codec)
-        if self.sparsity or self.pattern != "unstructured":
+        pattern = Pattern.of(self.pattern, "Choice")
+        if pattern.sparsity is not None and not self.sparsity:
+            object.__setattr__(self, "sparsity", pattern.sparsity)
+        if self.sparsity:
             Pruning(self.sparsity, self.pattern)
+        if self.sparse and self.scheme not in (None, *SCHEMES):
+            raise ValueError(f"Choice: scheme is {self.scheme!r} with sparse=True; allowed: None, {', '.join(SCHEMES)}")
         if self.scheme is not None:
             replace(QuantScheme.of(self.scheme, self.group_size), step=self.step)
         elif self.group_size is not None or self.step:
@@ -62,37 +88,55 @@ class Choice:
         """Plain values, for YAML and JSON, without those that are as by default."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def apply(self, model: nn.Module, names: Iterable[str]) -> tuple[PruneReport | None, QuantizeReport | None]:
-        """Makes the layers `names` of `model` so, in place. Raises ValueError, as prune_ and quantize_ do."""
-        wanted = set(names)
+    def check(self, function: str, name: str, layer: nn.Module) -> None:
+        """Raises ValueError where the choice can not be of this layer."""
+        for wanted, kinds, what in (
+            (self.scheme is not None and not self.sparse, _QUANTIZED, f"scheme {self.scheme!r}"),
+            (self.sparsity, (nn.Linear, nn.Conv2d), f"sparsity {self.sparsity:g}"),
+            (self.sparse, (nn.Linear,), "sparse=True"),
+        ):
+            if wanted and type(layer) not in kinds:
+                allowed = ", ".join(f"nn.{kind.__name__}" for kind in kinds)
+                raise ValueError(f"{function}: {name} is {type(layer).__name__} with {what}; allowed: {allowed}")
 
-        def chosen(name: str, _: nn.Module) -> bool:
-            return name in wanted
+    def apply(self, model: nn.Module, layers: Iterable[nn.Module]) -> tuple[PruneReport | None, QuantizeReport | None]:
+        """Makes these layers of `model` so, in place, wherever they stand. Raises what prune_ and quantize_ raise."""
+        wanted = {id(layer) for layer in layers}
+
+        def chosen(_: str, layer: nn.Module) -> bool:
+            return id(layer) in wanted
 
         pruned = quantized = None
         if self.sparsity:
             pruned = Pruning(self.sparsity, self.pattern, include=[chosen]).apply(model)
         if self.sparse:
-            quantized = QuantizeReport([self._sparsify(model, name) for name in sorted(wanted)])
+            quantized = self._sparsify(model, wanted)
         elif self.scheme is not None:
             step = Quantization(self.scheme, self.group_size, include=[chosen], strict=True, step=self.step)
             quantized = step.apply(model)
         return pruned, quantized
 
-    def _sparsify(self, model: nn.Module, name: str) -> LayerRow:
-        parent, _, attribute = name.rpartition(".")
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"Choice: {name} is {type(layer).__name__} and sparse=True; allowed: nn.Linear")
-        scheme = None
-        if self.scheme is not None:
-            scheme = with_step(QuantScheme.of(self.scheme, self.group_size), layer.weight, self.step)
-        new = SparseLinear.from_linear(layer, scheme=scheme)
-        setattr(model.get_submodule(parent), attribute, new)
-        before, after = (sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (layer, new))
-        weight = layer.weight.detach().float()
-        error = float((new.weight.float() - weight).norm() / weight.norm().clamp(min=1e-30))
-        return LayerRow(name, tuple(weight.shape), self.scheme or "", before, after, error, "sparse")
+    def _sparsify(self, model: nn.Module, wanted: set[int]) -> QuantizeReport:
+        report = QuantizeReport()
+        made: dict[int, tuple[nn.Linear, SparseLinear]] = {}  # the old one too: its id must not be given to another
+        for parent, attribute, name, layer in list(sites_of(model)):
+            if id(layer) not in wanted:
+                continue
+            if id(layer) not in made:
+                scheme = None
+                if self.scheme is not None:
+                    scheme = with_step(QuantScheme.of(self.scheme, self.group_size), layer.weight, self.step)
+                new = SparseLinear.from_linear(layer, scheme=scheme)
+                made[id(layer)] = layer, new
+                before, after = (
+                    sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (layer, new)
+                )
+                weight = layer.weight.detach().float()
+                error = float((new.weight.float() - weight).norm() / weight.norm().clamp(min=1e-30))
+                row = LayerRow(name, tuple(weight.shape), self.scheme or "", before, after, error, "sparse")
+                report.rows.append(row)
+            setattr(parent, attribute, made[id(layer)][1])
+        return report
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,33 +176,41 @@ class Recipe:
         return {name: choice.codec for name, choice in self.layers.items() if choice.codec != self.codec}
 
     def apply(self, model: nn.Module) -> tuple[PruneReport | None, QuantizeReport | None]:
-        """Prunes and quantizes `model` in place. Raises ValueError for names that it does not have."""
+        """Prunes and quantizes `model` in place.
+
+        Raises ValueError for names that it does not have, layers that can not be what is chosen, and two choices for
+        one layer, before anything is changed.
+        """
         modules = dict(model.named_modules(remove_duplicate=False))
         unknown = sorted(set(self.layers) - set(modules))
         if unknown:
             raise ValueError(
                 f"Recipe: layers holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {type(model).__name__} "
-                f"does not have; allowed: names of its layers"
+                "does not have; allowed: names of its layers"
             )
-        prunings: list[PruneReport] = []
-        quantizations: list[QuantizeReport] = []
-        groups: dict[Choice, list[str]] = {}
-        for choice, names in self.by_choice().items():
-            groups.setdefault(replace(choice, codec="huffman"), []).extend(names)
-        for choice, names in groups.items():
-            pruned, quantized = choice.apply(model, names)
-            prunings += [pruned] if pruned is not None else []
-            quantizations += [quantized] if quantized is not None else []
-        pruning = PruneReport([row for report in prunings for row in report.rows]) if prunings else None
-        rows = [row for report in quantizations for row in report.rows]
-        return pruning, QuantizeReport(rows) if quantizations else None
+        chosen: dict[int, tuple[str, Choice]] = {}
+        groups: dict[Choice, list[nn.Module]] = {}
+        for name, choice in self.layers.items():
+            choice.check("Recipe", name, modules[name])
+            effect = replace(choice, codec=self.codec)
+            first, known = chosen.setdefault(id(modules[name]), (name, effect))
+            if known != effect:
+                raise ValueError(
+                    f"Recipe: {first} and {name} are one layer, and have {known} and {effect}; allowed: one choice"
+                )
+            groups.setdefault(effect, []).append(modules[name])
+        done = [choice.apply(model, layers) for choice, layers in groups.items()]
+        disable_fused_path(model)
+        pruned = [row for report, _ in done if report is not None for row in report.rows]
+        quantized = [row for _, report in done if report is not None for row in report.rows]
+        return PruneReport(pruned) if pruned else None, QuantizeReport(quantized) if quantized else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the recipe as YAML: a list of choices, each with the names of its layers."""
         import yaml
 
         choices = [{**choice.as_dict(), "layers": names} for choice, names in self.by_choice().items()]
-        content = {_VERSION_KEY: _VERSION, **self.notes, "fuse": self.fuse, "choices": choices}
+        content = {_VERSION_KEY: _VERSION, "notes": dict(self.notes), "fuse": self.fuse, "choices": choices}
         with whole_file(Path(path)) as file:
             file.write(yaml.safe_dump(content, sort_keys=False, width=120).encode())
 
@@ -177,7 +229,12 @@ class Recipe:
         if not isinstance(content, dict) or content.get(_VERSION_KEY) != _VERSION:
             version = content.get(_VERSION_KEY) if isinstance(content, dict) else None
             raise wrong(f"{_VERSION_KEY} is {version!r}", str(_VERSION))
-        fuse, choices = content.get("fuse", True), content.get("choices")
+        extra = sorted(map(str, set(content) - {_VERSION_KEY, "notes", "fuse", "choices"}))
+        if extra:
+            raise wrong(f"it has {', '.join(extra)}", f"{_VERSION_KEY}, notes, fuse, choices")
+        fuse, choices, notes = content.get("fuse", True), content.get("choices"), content.get("notes") or {}
+        if not isinstance(notes, dict):
+            raise wrong(f"notes is {notes!r}", "names with values")
         if not isinstance(fuse, bool):
             raise wrong(f"fuse is {fuse!r}", "true, false")
         if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
@@ -187,17 +244,16 @@ class Recipe:
         for item in choices:
             names = item.pop("layers", None)
             if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-                raise wrong(f"layers of {item} is {names!r}", "a list of names")
+                raise wrong(f"layers of {item} is {names!r}", "a list of names (numbers in quotes)")
             unknown = sorted(map(str, set(item) - known))
             if unknown:
                 raise wrong(f"a choice has {', '.join(unknown)}", ", ".join(sorted(known | {"layers"})))
             try:
                 choice = Choice(**item)
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"Recipe.load: {path}: {item}: {error}") from error
             for name in names:
                 if name in layers:
                     raise wrong(f"{name} stands in two choices", "each layer once")
                 layers[name] = choice
-        notes = {key: value for key, value in content.items() if key not in (_VERSION_KEY, "fuse", "choices")}
         return cls(layers, fuse, notes)

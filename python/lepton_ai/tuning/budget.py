@@ -32,6 +32,11 @@ class Budget:
             raise ValueError(f"budget is {text!r}; allowed: METRIC>=NUMBER, such as 'cosine>=0.995'")
         return cls(match[1], least)
 
+    @property
+    def sees_directions(self) -> bool:
+        """Whether the metric sees the vectors' directions alone, and not their lengths."""
+        return self.metric in ("cosine", "cosine_min")
+
     def check_metric(self, own: bool) -> None:
         """Raises ValueError for a metric that is neither known nor the caller's own."""
         if not own and self.metric not in METRICS:

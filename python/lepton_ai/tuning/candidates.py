@@ -20,6 +20,8 @@ _SPARSE = tuple(Choice("w8a8", sparsity=sparsity, sparse=True) for sparsity in (
 LINEAR = (Choice(), *_INT8, *_INT4, *_SPARSE)
 EMBEDDING = (Choice(), *(Choice("w8a8", step=step) for step in TABLE_STEPS))
 RECURRENT = (Choice(), Choice("w8a8"))
+# For layers of which nothing is known: what is all but harmless anywhere.
+CAUTIOUS = (Choice(), Choice("w8a8"))
 CANDIDATES: dict[type[nn.Module], tuple[Choice, ...]] = {
     nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.LSTM: RECURRENT, nn.GRU: RECURRENT, nn.LSTMCell: RECURRENT,
     nn.GRUCell: RECURRENT, nn.RNNCell: RECURRENT,
@@ -43,7 +45,7 @@ def made(layer: nn.Module, choice: Choice) -> nn.Module:
     if choice == Choice(codec=choice.codec):
         return layer
     alone = nn.Sequential(copy.deepcopy(layer) if choice.sparsity else layer)
-    choice.apply(alone, ["0"])
+    choice.apply(alone, [alone[0]])
     return alone[0]
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lepton_ai.compression import Choice
 from lepton_ai.measure import in_turn
@@ -22,10 +21,6 @@ def kernel_choice(choice: Choice) -> Choice:
     return bare if choice.sparse else replace(bare, sparsity=0.0, pattern="unstructured")
 
 
-def _shape(value: Any) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
 def latencies(
     layers: Mapping[str, nn.Module],
     replacements: Mapping[str, Mapping[Choice, nn.Module]],
@@ -39,7 +34,8 @@ def latencies(
     out: dict[str, dict[Choice, float]] = {}
     for name in progress(list(layers), "latencies"):
         shapes = tuple(tuple(parameter.shape) for parameter in layers[name].parameters())
-        key = type(layers[name]), shapes, tuple(tuple(map(_shape, made.arguments)) for made in calls[name])
+        inputs = tuple(tuple(tuple(tensor.shape) for tensor in made.inputs) for made in calls[name])
+        key = type(layers[name]), shapes, inputs
         if key not in measured:
             kernels: dict[Choice, nn.Module] = {}
             for choice, replacement in replacements[name].items():

@@ -47,7 +47,7 @@ class Workbench:
         """The UUIDs of the GPUs that the model is on."""
         return [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in self._gpus]
 
-    def point(self, label: str, recipe: Recipe | None, *, single: bool = False) -> Point:
+    def point(self, label: str, recipe: Recipe | None, *, single: bool = False, allowed: bool = True) -> Point:
         """The recipe's model, measured; None: the model as it was."""
         compressed = self._original.compress(Compression("none") if recipe is None else recipe)
         # Beside the original, and scaled by it: a noisy moment hits both.
@@ -61,15 +61,15 @@ class Workbench:
             value = float(self._metric(compressed.model))
         else:
             value = self._budget.of_fidelity(fidelity(self._reference, output_vectors(compressed.model, self._inputs)))
-        return Point(label, recipe, single, size, value, seconds, self.batch)
+        return Point(label, recipe, single, size, value, seconds, self.batch, allowed=allowed)
 
-    def timed_again(self, points: Sequence[Point], seconds: float, energy: EnergyReader) -> list[Point]:
-        """The points with the time and energy of a call, all measured in turn for about `seconds`."""
+    def timed_again(self, points: Sequence[Point], energy: EnergyReader, seconds: float) -> list[Point]:
+        """The points with the time and energy of a call, measured in turn for about `seconds` each."""
         models = {
             str(i): self._original.model if point.recipe is None else self._original.compress(point.recipe).model
             for i, point in enumerate(points)
         }
-        costs = self._timed(models, seconds, energy)
+        costs = self._timed(models, seconds * len(models), energy)
         return [
             replace(point, seconds=costs[str(i)].seconds, joules=costs[str(i)].joules) for i, point in enumerate(points)
         ]
