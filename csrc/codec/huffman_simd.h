@@ -23,18 +23,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Eight numbers of k bits, from the bytes of a word, packed from the lowest bit up.
-LEPTON_INLINE uint64_t gather_numbers(uint64_t bytes, int k) {
-#if defined(__BMI2__)
-  return __builtin_ia32_pext_di(bytes, ((1u << k) - 1) * uint64_t{0x0101010101010101});
-#else
-  bytes &= ((1u << k) - 1) * uint64_t{0x0101010101010101};
-  bytes = (bytes & 0x00ff00ff00ff00ff) | (bytes & 0xff00ff00ff00ff00) >> (8 - k);
-  bytes = (bytes & 0x0000ffff0000ffff) | (bytes & 0xffff0000ffff0000) >> (16 - 2 * k);
-  return (bytes & 0x00000000ffffffff) | (bytes & 0xffffffff00000000) >> (32 - 4 * k);
-#endif
-}
-
 // The word of `bytes` bytes, at most 8, at p.
 LEPTON_INLINE uint64_t load_word(const uint8_t* p, int64_t bytes) {
   uint64_t word = 0;
@@ -49,6 +37,19 @@ LEPTON_INLINE void store_word(uint8_t* p, uint64_t word, int64_t bytes) {
     __builtin_memcpy(p, &word, 8);
   else
     for (int i = 0; i < bytes; ++i) p[i] = static_cast<uint8_t>(word >> 8 * i);
+}
+
+#if !defined(__AVX512VBMI2__)
+// Eight numbers of k bits, from the bytes of a word, packed from the lowest bit up.
+LEPTON_INLINE uint64_t gather_numbers(uint64_t bytes, int k) {
+#if defined(__BMI2__)
+  return __builtin_ia32_pext_di(bytes, ((1u << k) - 1) * uint64_t{0x0101010101010101});
+#else
+  bytes &= ((1u << k) - 1) * uint64_t{0x0101010101010101};
+  bytes = (bytes & 0x00ff00ff00ff00ff) | (bytes & 0xff00ff00ff00ff00) >> (8 - k);
+  bytes = (bytes & 0x0000ffff0000ffff) | (bytes & 0xffff0000ffff0000) >> (16 - 2 * k);
+  return (bytes & 0x00000000ffffffff) | (bytes & 0xffffffff00000000) >> (32 - 4 * k);
+#endif
 }
 
 LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
@@ -70,7 +71,6 @@ LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t*
   }
 }
 
-#if !defined(__AVX512VBMI2__)
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   int64_t ones = 0;
   int i = 0;

@@ -6,6 +6,9 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
+// The lowest n bits, all of them for n >= 64.
+LEPTON_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
 // Calls step(i, word) for every 64 of n bits; in the last one those past n are 0.
 template <typename Step>
 LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
@@ -118,6 +121,43 @@ LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uin
   return missing == 0;
 }
 
+// Where the bytes of packed numbers lie: eight numbers of k bits are k bytes, which each 64-bit lane has as its lowest.
+struct PackTable {
+  alignas(64) uint8_t bytes[9][64];
+};
+constexpr PackTable make_pack_table() {
+  PackTable table{};
+  for (int k = 1; k <= 8; ++k)
+    for (int i = 0; i < 8 * k; ++i) table.bytes[k][i] = static_cast<uint8_t>(i / k * 8 + i % k);
+  return table;
+}
+constexpr PackTable kPack = make_pack_table();
+
+// Packs 64 numbers at a time, which joined(numbers) has put together in each 64-bit lane.
+template <typename Joined>
+LEPTON_INLINE void pack_vectors(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits, const Joined& joined) {
+  const __m512i bytes = _mm512_load_si512(kPack.bytes[k]), least = _mm512_set1_epi8(static_cast<char>(first));
+  for (int i = 0; i < n; i += 64, bits += 8 * k) {
+    const uint64_t some = low_bits(n - i);  // what lies past n becomes 0
+    const __m512i numbers = _mm512_maskz_sub_epi8(some, _mm512_loadu_si512(in + i), least);
+    const int64_t left = (int64_t{n - i} * k + 7) / 8;
+    _mm512_mask_storeu_epi8(bits, low_bits(left < 8 * k ? left : 8 * k),
+                            _mm512_permutexvar_epi8(bytes, joined(numbers)));
+  }
+}
+
+LEPTON_INLINE void pack(const uint8_t* in, int n, uint8_t first, int k, uint8_t* bits) {
+  if (k == 8) return pack_vectors(in, n, first, k, bits, [](__m512i numbers) LEPTON_LAMBDA_INLINE { return numbers; });
+  // Neighbours are joined: numbers to pairs, pairs to fours, fours to eights.
+  const __m512i pairs = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << (8 + k)));
+  const __m512i fours = _mm512_set1_epi32(1 | 1 << (16 + 2 * k));
+  const __m512i down = _mm512_set1_epi64(32 - 4 * k), low = _mm512_set1_epi64((int64_t{1} << 4 * k) - 1);
+  pack_vectors(in, n, first, k, bits, [&](__m512i numbers) LEPTON_LAMBDA_INLINE {
+    const __m512i four = _mm512_madd_epi16(_mm512_maddubs_epi16(pairs, numbers), fours);
+    return _mm512_ternarylogic_epi64(low, four, _mm512_srlv_epi64(four, down), 0xca);  // low ? four : shifted
+  });
+}
+
 LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   __m512i ones = _mm512_setzero_si512();
   int i = 0;
@@ -126,6 +166,9 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   ones = _mm512_add_epi64(ones, _mm512_popcnt_epi64(load_bytes(bits + i / 8, (left + 7) / 8)));
   return static_cast<int>(_mm512_reduce_add_epi64(ones));
 }
+
+// What is not in the first-level cache when it is stored to holds up the stores behind it.
+constexpr int kStoreAhead = 128;
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
@@ -136,6 +179,8 @@ LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* b
     const uint64_t word = _mm512_cmpge_epu8_mask(x, threshold);
     const int64_t ones = __builtin_popcountll(word);
     total += ones;
+    if constexpr (keep_left) __builtin_prefetch(left + kStoreAhead, 1);
+    if constexpr (keep_right) __builtin_prefetch(right + kStoreAhead, 1);
     // Compressed into a register, then stored: with a memory destination it is microcode on Zen 4.
     if constexpr (keep_left) _mm512_storeu_si512(left, _mm512_maskz_compress_epi8(~word, x)), left += 64 - ones;
     if constexpr (keep_right) _mm512_storeu_si512(right, _mm512_maskz_compress_epi8(word, x)), right += ones;
