@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
-#include <functional>
 
 namespace lepton {
 namespace {
@@ -15,6 +15,7 @@ constexpr uint64_t kMergePrice = 4;
 // that costs less.
 constexpr int kFewSymbols = 64;
 constexpr uint64_t kOtherPrices[] = {0, 16};
+constexpr int kMaxPlaceBits = 8;  // of a place in a group
 
 // The plain bits that tell `symbols` symbols apart.
 constexpr int bits_for(int symbols) {
@@ -80,28 +81,38 @@ void derive_shape(HuffmanCode* code) {
   }
 }
 
-// The symbols from the most frequent one down, and how often those before the i-th occur.
+// The symbols from the most frequent one down, of equals the lower one first, and how often those before the i-th
+// occur; from the n-th on all of them.
 struct ByCount {
   int n = 0;
   std::array<uint8_t, kMaxLeaves> symbols;
-  std::array<uint64_t, kMaxLeaves + 1> sum;
+  std::array<uint32_t, 2 * kMaxLeaves> sum;
 
   explicit ByCount(const Counts& counts) {
-    std::array<uint64_t, kMaxLeaves> order;  // falling counts; of equals the lower symbol first
     for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
-      if (counts.of[symbol] > 0) order[n++] = static_cast<uint64_t>(counts.of[symbol]) << 8 | (255u - symbol);
-    std::sort(order.begin(), order.begin() + n, std::greater<>());
+      if (counts.of[symbol] > 0) symbols[n++] = static_cast<uint8_t>(symbol);
+    const uint32_t most = *std::max_element(std::begin(counts.of), std::end(counts.of));
+    for (int shift = 0; shift < 32 && most >> shift > 0; shift += 8) sort_by_digit(counts, shift);
     sum[0] = 0;
-    for (int i = 0; i < n; ++i) {
-      symbols[i] = static_cast<uint8_t>(255 - (order[i] & 0xff));
-      sum[i + 1] = sum[i] + (order[i] >> 8);
-    }
+    for (int i = 0; i < n; ++i) sum[i + 1] = sum[i] + counts.of[symbols[i]];
+    std::fill(sum.begin() + n + 1, sum.end(), sum[n]);
+  }
+
+ private:
+  // A pass of a radix sort: comparisons of counts are what a processor cannot predict.
+  void sort_by_digit(const Counts& counts, int shift) {
+    const auto digit_of = [&](int symbol) { return 255 - (counts.of[symbol] >> shift & 255); };
+    std::array<uint16_t, 257> place{};
+    for (int i = 0; i < n; ++i) ++place[digit_of(symbols[i]) + 1];
+    for (int digit = 0; digit < 256; ++digit) place[digit + 1] += place[digit];
+    const auto before = symbols;
+    for (int i = 0; i < n; ++i) symbols[place[digit_of(before[i])]++] = before[i];
   }
 };
 
 // A leaf on its way into the tree: `size` symbols of ByCount from `begin` on.
 struct Leaf {
-  uint64_t count;
+  uint32_t count;
   int begin, size, depth;
 };
 
@@ -139,28 +150,42 @@ void assign_depths(Tree* tree) {
 Tree cut(const ByCount& by_count, uint64_t merge_price) {
   const int n = by_count.n;
   const auto& sum = by_count.sum;
-  const uint32_t log_total = log2_of(static_cast<uint32_t>(sum[n]));
-  std::array<uint64_t, kMaxLeaves + 1> cost;  // of the symbols from i on, in 2^16ths of a bit
-  std::array<int, kMaxLeaves> size;
-  cost[n] = 0;
-  for (int i = n - 1; i >= 0; --i) {
-    cost[i] = ~uint64_t{0};
-    for (int bits = 0; bits <= 8 && (bits == 0 || 1 << (bits - 1) < n - i); ++bits) {
-      const int most = std::min(1 << bits, n - i);
-      const uint64_t count = sum[i + most] - sum[i];
-      const uint64_t depth = (log_total - log2_of(static_cast<uint32_t>(count))) * (256 + merge_price) >> 8;
-      const uint64_t total = count * (depth + (static_cast<uint64_t>(bits) << 16)) + cost[i + most];
-      if (total < cost[i]) cost[i] = total, size[i] = most;
+  const uint32_t log_total = log2_of(sum[n]);
+  // In 2^16ths of a bit, with the bits of a place in the group in the lowest kBitsOf bits: what a group takes, and what
+  // the symbols from i on take, whose first group that is. A group that reaches beyond the last symbol costs more than
+  // a smaller one that does.
+  constexpr int kBitsOf = 4;
+  constexpr uint64_t kCost = ~uint64_t{0} << kBitsOf;
+  std::array<std::array<uint64_t, kMaxPlaceBits + 1>, kMaxLeaves> group;
+  for (int bits = 0; bits <= kMaxPlaceBits; ++bits) {
+    for (int i = 0; i < n; ++i) {
+      const uint32_t count = sum[i + (1 << bits)] - sum[i];
+      const uint32_t depth = (log_total - log2_of(count)) * static_cast<uint32_t>(256 + merge_price) >> 8;
+      group[i][bits] = uint64_t{count} * (depth + (static_cast<uint32_t>(bits) << 16)) << kBitsOf | bits;
     }
   }
+  std::array<uint64_t, 2 * kMaxLeaves> best{};
+  for (int i = n - 1; i >= 0; --i) {
+    uint64_t least = ~uint64_t{0};
+    for (int bits = 0; bits <= kMaxPlaceBits; ++bits)
+      least = std::min(least, group[i][bits] + (best[i + (1 << bits)] & kCost));
+    best[i] = least;
+  }
   Tree tree;
-  for (int i = 0; i < n; i += size[i]) tree.leaves[tree.n++] = {sum[i + size[i]] - sum[i], i, size[i], 0};
-  std::sort(tree.leaves.begin(), tree.leaves.begin() + tree.n,
-            [](const Leaf& a, const Leaf& b) { return a.count != b.count ? a.count < b.count : a.begin < b.begin; });
+  std::array<uint64_t, kMaxLeaves> order;  // rising counts; of equals the one that begins first
+  const auto size_from = [&](int i) { return std::min(1 << (best[i] & ~kCost), n - i); };
+  for (int i = 0; i < n; i += size_from(i))
+    order[tree.n++] = static_cast<uint64_t>(sum[i + size_from(i)] - sum[i]) << 8 | static_cast<uint64_t>(i);
+  std::sort(order.begin(), order.begin() + tree.n);
+  for (int i = 0; i < tree.n; ++i) {
+    const int begin = static_cast<int>(order[i] & 255);
+    tree.leaves[i] = {static_cast<uint32_t>(order[i] >> 8), begin, size_from(begin), 0};
+  }
   assign_depths(&tree);
   for (int i = 0; i < tree.n; ++i) {
     const Leaf& leaf = tree.leaves[i];
-    tree.cost += leaf.count * (static_cast<uint64_t>(leaf.depth) * (256 + kMergePrice) + 256 * bits_for(leaf.size));
+    tree.cost +=
+        uint64_t{leaf.count} * (static_cast<uint64_t>(leaf.depth) * (256 + kMergePrice) + 256 * bits_for(leaf.size));
   }
   return tree;
 }
@@ -170,21 +195,19 @@ class GammaWriter {
  public:
   explicit GammaWriter(uint8_t* out) : out_(out) {}
 
+  // Up to 8 bytes behind what was written may change.
   void put(uint32_t value) {
     const int below = 31 - __builtin_clz(value);
-    bits(0, below);
-    bits(1 | (value ^ 1u << below) << 1, below + 1);
+    word_ |= static_cast<uint64_t>((value ^ 1u << below) << (below + 1) | 1u << below) << used_;
+    used_ += 2 * below + 1;
+    std::memcpy(out_, &word_, sizeof word_);
+    out_ += used_ / 8;
+    word_ >>= used_ / 8 * 8;
+    used_ %= 8;
   }
-  uint8_t* finish() {
-    if (used_ > 0) *out_++ = static_cast<uint8_t>(word_);
-    return out_;
-  }
+  uint8_t* finish() { return out_ + (used_ > 0); }
 
  private:
-  void bits(uint32_t value, int width) {
-    word_ |= static_cast<uint64_t>(value) << used_;
-    for (used_ += width; used_ >= 8; used_ -= 8, word_ >>= 8) *out_++ = static_cast<uint8_t>(word_);
-  }
   uint8_t* out_;
   uint64_t word_ = 0;
   int used_ = 0;
@@ -197,7 +220,10 @@ class GammaReader {
   // 0 where the data ends or the number is larger than the table has any.
   uint32_t get() {
     uint64_t word = 0;
-    std::memcpy(&word, in_, static_cast<size_t>(std::min<int64_t>((left_ + skip_ + 7) / 8, 8)));
+    if (left_ >= 64)
+      std::memcpy(&word, in_, 8);
+    else
+      std::memcpy(&word, in_, static_cast<size_t>((left_ + skip_ + 7) / 8));
     word >>= skip_;
     const int below = word == 0 ? kMostBelow + 1 : __builtin_ctzll(word), bits = 2 * below + 1;
     if (below > kMostBelow || bits > left_) return 0;
@@ -218,18 +244,38 @@ class GammaReader {
 };
 
 // The leaves of a tree and `none`, for symbols that it lacks, the latest named one first; the first place is that of
-// the last one named, which is not named again.
-class RecentLeaves {
+// the last one named, which is not named again. For a writer, who asks for places:
+class PlacesOfLeaves {
  public:
-  explicit RecentLeaves(int leaf_count) : size_(leaf_count + 2), none_(leaf_count) {
-    order_[0] = kNobody;
-    order_[1] = static_cast<int16_t>(leaf_count);
-    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<int16_t>(leaf);
+  explicit PlacesOfLeaves(int leaf_count) : size_((leaf_count + 2 + 7) / 8 * 8) {
+    // Nobody, `none`, the leaves; then what comes after all of them.
+    named_at_[leaf_count + 1] = 0;
+    named_at_[leaf_count] = -1;
+    for (int leaf = 0; leaf < leaf_count; ++leaf) named_at_[leaf] = static_cast<int16_t>(-2 - leaf);
+    std::fill(named_at_.begin() + leaf_count + 2, named_at_.begin() + size_, INT16_MIN);
   }
-  int none() const { return none_; }
-  // From 1 on.
-  uint32_t place_of(int leaf) const {
-    return static_cast<uint32_t>(std::find(order_.begin(), order_.begin() + size_, leaf) - order_.begin());
+  // From 1 on; names it.
+  uint32_t take(int leaf) {
+    const int16_t at = named_at_[leaf];
+    int16_t later = 0;
+    for (int other = 0; other < size_; ++other) later = static_cast<int16_t>(later + (named_at_[other] > at));
+    named_at_[leaf] = ++now_;
+    return static_cast<uint32_t>(later);
+  }
+
+ private:
+  int size_;
+  int16_t now_ = 0;
+  std::array<int16_t, kMaxLeaves + 8> named_at_;
+};
+
+// For a reader, who asks for leaves:
+class LeavesByPlace {
+ public:
+  explicit LeavesByPlace(int leaf_count) : size_(leaf_count + 2) {
+    order_[0] = kNobody;
+    order_[1] = static_cast<int16_t>(leaf_count);  // none
+    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<int16_t>(leaf);
   }
   // -1 where nobody is.
   int take(uint32_t place) {
@@ -241,7 +287,7 @@ class RecentLeaves {
 
  private:
   static constexpr int16_t kNobody = -1;
-  int size_, none_;
+  int size_;
   std::array<int16_t, kMaxLeaves + 2> order_;
 };
 
@@ -254,14 +300,12 @@ uint8_t* write_tree(const HuffmanCode& code, uint8_t* out) {
   leaf_of.fill(code.leaf_count);
   for (int leaf = 0; leaf < code.leaf_count; ++leaf)
     for (int rank = code.leaf_begin[leaf]; rank < code.leaf_begin[leaf + 1]; ++rank) leaf_of[code.symbols[rank]] = leaf;
-  RecentLeaves recent(code.leaf_count);
+  PlacesOfLeaves places(code.leaf_count);
   GammaWriter writer(out);
   for (int symbol = 0; symbol < 256;) {
     int next = symbol + 1;
     while (next < 256 && leaf_of[next] == leaf_of[symbol]) ++next;
-    const uint32_t place = recent.place_of(leaf_of[symbol]);
-    recent.take(place);
-    writer.put(place);
+    writer.put(places.take(leaf_of[symbol]));
     writer.put(static_cast<uint32_t>(next - symbol));
     symbol = next;
   }
@@ -285,12 +329,13 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
 
   std::array<uint16_t, 256> leaf_of;
   std::array<uint16_t, kMaxLeaves + 1> sizes{};
-  RecentLeaves recent(code->leaf_count);
+  LeavesByPlace leaves(code->leaf_count);
+  const int none = code->leaf_count;
   GammaReader reader(p, end);
   for (uint32_t symbol = 0; symbol < 256;) {
     const uint32_t place = reader.get(), run = place == 0 ? 0 : reader.get();
     if (run == 0) return reader.near_end() ? Status::truncated : Status::bad_table;
-    const int leaf = recent.take(place);
+    const int leaf = leaves.take(place);
     if (leaf < 0 || run > 256 - symbol) return Status::bad_table;
     sizes[static_cast<size_t>(leaf)] += static_cast<uint16_t>(run);
     for (const uint32_t last = symbol + run; symbol < last; ++symbol) leaf_of[symbol] = static_cast<uint16_t>(leaf);
@@ -308,7 +353,7 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
   std::array<uint16_t, kMaxLeaves> next;
   std::copy_n(code->leaf_begin, code->leaf_count, next.begin());
   for (int symbol = 0; symbol < 256; ++symbol)
-    if (leaf_of[symbol] != recent.none()) code->symbols[next[leaf_of[symbol]]++] = static_cast<uint8_t>(symbol);
+    if (leaf_of[symbol] != none) code->symbols[next[leaf_of[symbol]]++] = static_cast<uint8_t>(symbol);
   derive_shape(code);
   *in = p;
   return Status::ok;
@@ -333,29 +378,34 @@ void build_code(const Counts& counts, HuffmanCode* code) {
       if (other.cost < tree.cost) tree = other;
     }
   }
-  auto& symbols = by_count.symbols;
+  std::array<int16_t, kMaxLeaves> leaf_of;
+  leaf_of.fill(-1);
+  std::array<uint32_t, kMaxLeaves> order;  // by depth, single symbols first, by the lowest symbol
   for (int i = 0; i < tree.n; ++i) {
     const Leaf& leaf = tree.leaves[i];
-    std::sort(symbols.begin() + leaf.begin, symbols.begin() + leaf.begin + leaf.size);
+    int lowest = 255;
+    for (int j = leaf.begin; j < leaf.begin + leaf.size; ++j) {
+      leaf_of[by_count.symbols[j]] = static_cast<int16_t>(i);
+      lowest = std::min<int>(lowest, by_count.symbols[j]);
+    }
+    order[i] = static_cast<uint32_t>(((leaf.depth << 1 | (leaf.size > 1)) << 8 | lowest) << 8 | i);
   }
-  std::sort(tree.leaves.begin(), tree.leaves.begin() + tree.n, [&](const Leaf& a, const Leaf& b) {
-    if (a.depth != b.depth) return a.depth < b.depth;
-    if ((a.size == 1) != (b.size == 1)) return a.size == 1;
-    return symbols[a.begin] < symbols[b.begin];
-  });
+  std::sort(order.begin(), order.begin() + tree.n);
 
   std::memset(code, 0, sizeof *code);
   code->leaf_count = tree.n;
+  std::array<int, kMaxLeaves> next;  // the rank of a leaf's next symbol
   int rank = 0;
   for (int i = 0; i < tree.n; ++i) {
-    const Leaf& leaf = tree.leaves[i];
-    code->leaf_begin[i] = static_cast<uint16_t>(rank);
-    std::copy_n(symbols.begin() + leaf.begin, leaf.size, code->symbols + rank);
+    const Leaf& leaf = tree.leaves[order[i] & 255];
+    code->leaf_begin[i] = static_cast<uint16_t>(next[order[i] & 255] = rank);
     rank += leaf.size;
     ++code->leaves[leaf.depth];
     code->singles[leaf.depth] += leaf.size == 1;
     code->max_depth = leaf.depth;
   }
+  for (int symbol = 0; symbol < kMaxLeaves; ++symbol)
+    if (leaf_of[symbol] >= 0) code->symbols[next[leaf_of[symbol]]++] = static_cast<uint8_t>(symbol);
   code->leaf_begin[tree.n] = static_cast<uint16_t>(rank);
   derive_shape(code);
 }

@@ -73,7 +73,8 @@ struct TreeCode {
 };
 
 // The table; docs/codec-format.md describes it.
-constexpr int kMaxTreeTable = kMaxDepth + 1 + (2 * kMaxLeaves * 17 + 7) / 8;
+constexpr int kTableSlack = 8;  // a writer writes up to so many bytes too many
+constexpr int kMaxTreeTable = kMaxDepth + 1 + (2 * kMaxLeaves * 17 + 7) / 8 + kTableSlack;
 constexpr int kMaxTable = (kMaxCodedNodes + 1) * kMaxTreeTable + 1 + kMaxCodedNodes;
 // Writes it to out[kMaxTable] and returns its size.
 int write_table(const TreeCode& code, uint8_t* out);
