@@ -79,8 +79,12 @@ std::pair<py::bytes, uintptr_t> encode_chunks(int codec, int layout, uintptr_t s
     const auto encode = [&](int64_t i, uint8_t* to) {
       const uint8_t* const from = at<const uint8_t>(src) + i * chunk_size;
       const int64_t n = std::min(chunk_size, size - i * chunk_size);
+      NextChunk next;
+      if (i + threads < chunks) {
+        next = {from + threads * chunk_size, std::min(chunk_size, size - (i + threads) * chunk_size)};
+      }
       const int64_t length = static_cast<Codec>(codec) == Codec::huffman
-                                 ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to)
+                                 ? huffman_encode_chunk(from, n, static_cast<Layout>(layout), to, next)
                                  : lzw_encode_chunk(from, n, to);
       at<int64_t>(lengths)[i] = length;
       at<uint64_t>(sums)[i] = xxh3(to, length);
@@ -124,8 +128,13 @@ std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, 
       uint8_t* const to = at<uint8_t>(dst) + i * chunk_size;
       status[i] = Status::bad_sum;
       if (select_xxh3(isa_in_use())(payload, length) != at<const uint64_t>(sums)[i]) return;
+      NextChunk next;
+      if (i + threads < chunks) {
+        next = {at<const uint8_t>(frame) + at<const int64_t>(offsets)[i + threads],
+                at<const int64_t>(lengths)[i + threads]};
+      }
       status[i] = static_cast<Codec>(codec) == Codec::huffman
-                      ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n)
+                      ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n, next)
                       : lzw_decode_chunk(payload, length, to, n);
     });
   }

@@ -48,6 +48,11 @@ uint8_t* scratch(std::vector<uint8_t>& buffer, int64_t size) {
 thread_local std::vector<uint8_t> plane_buffer[kMaxPlanes], level_buffer[2], node_bits_buffer, encode_buffer,
     last_block, block_buffer, sample_buffer;
 
+// Without a next chunk `hot`, memory that is in the cache anyway.
+Lines lines_of(NextChunk next, const uint8_t* hot) {
+  return next.data != nullptr ? Lines(next.data, next.size) : Lines(hot, 0);
+}
+
 // Counts symbols; in four tables, so that equal neighbours do not wait for each other's store.
 class Histogram {
  public:
@@ -82,6 +87,8 @@ constexpr int64_t kSampledPlane = 1 << 16, kSample = 1 << 15, kSamplePiece = 102
 // bits, and all are counted.
 constexpr uint32_t kSeen = 16;
 constexpr int kLeastSymbols = 16;
+// The sample is counted in so many parts: a mantissa is found to be random after the first.
+constexpr int64_t kSampleParts = 4;
 // A plane that takes more than its sample promised by this part is not like it, and all of it is counted. What that
 // saves grows with the square of the error: pruned weights that were off by 1/16 got 1/2000 smaller.
 constexpr int64_t kSampleError = 16;
@@ -92,10 +99,11 @@ Counts count_all(const uint8_t* plane, int64_t n) {
   return histogram.counts();
 }
 
-// Calls see(piece) for one of every `share` pieces of kSamplePiece symbols.
+// Calls see(piece) for one of every `share` pieces of kSamplePiece symbols; of each `step` such calls for the one
+// numbered `part` alone.
 template <typename See>
-void for_sample(const uint8_t* plane, int64_t n, int64_t share, const See& see) {
-  for (int64_t first = 0; first + share <= n / kSamplePiece; first += share) {
+void for_sample(const uint8_t* plane, int64_t n, int64_t share, const See& see, int64_t part = 0, int64_t step = 1) {
+  for (int64_t first = part * share; first + share <= n / kSamplePiece; first += step * share) {
     const int64_t chosen = first + (static_cast<int64_t>(static_cast<uint32_t>(first) * 0x9e3779b1u) * share >> 32);
     see(plane + chosen * kSamplePiece);
   }
@@ -104,8 +112,13 @@ void for_sample(const uint8_t* plane, int64_t n, int64_t share, const See& see) 
 // Counts without a symbol where there are too few for a sample.
 Counts count_sample(const uint8_t* plane, int64_t n, int last_symbol) {
   Histogram histogram;
-  for_sample(plane, n, std::max(n / kSample, kLeastShare),
-             [&](const uint8_t* piece) { histogram.add(piece, kSamplePiece); });
+  const int64_t share = std::max(n / kSample, kLeastShare);
+  for (int64_t part = 0; part < kSampleParts; ++part) {
+    for_sample(plane, n, share, [&](const uint8_t* piece) { histogram.add(piece, kSamplePiece); }, part, kSampleParts);
+    if (part > 0) continue;
+    const Counts random = histogram.counts();
+    if (entropy_bits(random) > kRandom) return random;  // few symbols look less random than more of the same kind
+  }
   Counts counts = histogram.counts();
   if (std::count_if(std::begin(counts.of), std::end(counts.of), [](uint32_t c) { return c > 0; }) < kLeastSymbols)
     return {};
@@ -157,7 +170,7 @@ bool may_be_coded(const HuffmanCode& code, const Counts& counts, int node) {
 }
 
 // Gives codes to nodes' bits, where that pays for a plane of n symbols. Returns the bytes that it saves, about.
-int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, TreeCode* code) {
+int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Ahead* ahead, TreeCode* code) {
   const HuffmanCode& tree = code->tree;
   std::array<int, kMaxCodedNodes> candidates;
   int found = 0;
@@ -182,7 +195,8 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
                              sampled,
                              scratch(block_buffer, block_bound(*code, sampled)),
                              scratch(encode_buffer, encode_scratch(sampled)),
-                             bits};
+                             bits,
+                             ahead};
   if (select_huffman_encode_block(isa_in_use())(args) < 0) return 0;  // a symbol that nobody had counted
 
   int64_t saved = 0;
@@ -209,7 +223,7 @@ int64_t code_node_bits(const uint8_t* plane, int64_t n, const Counts& counts, Tr
 constexpr int64_t kNoRoom = -2;
 
 // Writes a plane's table and blocks to out[room]. Returns the bytes written, kNoCode or kNoRoom.
-int64_t encode_tree(const uint8_t* plane, int64_t n, const TreeCode& code, uint8_t* out, int64_t room) {
+int64_t encode_tree(const uint8_t* plane, int64_t n, const TreeCode& code, Ahead* ahead, uint8_t* out, int64_t room) {
   uint8_t* const begin = out;
   uint8_t table[kMaxTable];
   const int table_bytes = write_table(code, table);
@@ -217,7 +231,8 @@ int64_t encode_tree(const uint8_t* plane, int64_t n, const TreeCode& code, uint8
   out = std::copy_n(table, table_bytes, out);
   const RankTables ranks = rank_tables(code);
   const int64_t most = std::min(kBlock, n), bound = block_bound(code, most);
-  EncodeBlockArgs args{&code, nullptr, ranks.data(), 0, nullptr, scratch(encode_buffer, encode_scratch(most)), nullptr};
+  EncodeBlockArgs args{&code,   nullptr, ranks.data(), 0, nullptr, scratch(encode_buffer, encode_scratch(most)),
+                       nullptr, ahead};
   EncodeBlockFn* const encode_block = select_huffman_encode_block(isa_in_use());
   for (int64_t start = 0; start < n; start += kBlock) {
     args.symbols = plane + start;
@@ -238,7 +253,8 @@ int64_t encode_tree(const uint8_t* plane, int64_t n, const TreeCode& code, uint8
 }
 
 // Writes a plane to out[room], as a tree where that pays, else as it is. Returns the bytes written, or kNoRoom.
-int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* out, int64_t room, uint8_t* mode) {
+int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, Ahead* ahead, uint8_t* out, int64_t room,
+                     uint8_t* mode) {
   const bool nibbles = layout == Layout::nibbles, may_be_raw = !nibbles;  // raw, each would take a byte
   TreeCode code;
   *mode = kPlaneTree;
@@ -248,9 +264,9 @@ int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* ou
     if (may_be_raw && entropy_bits(counts) > kRandom) break;
     build_code(counts, &code.tree);
     code.coded_nodes = 0;
-    const int64_t expected = expected_bytes(code.tree, counts, n) - code_node_bits(plane, n, counts, &code);
+    const int64_t expected = expected_bytes(code.tree, counts, n) - code_node_bits(plane, n, counts, ahead, &code);
     if (may_be_raw && !pays(expected, n)) break;
-    const int64_t bytes = encode_tree(plane, n, code, out, room);
+    const int64_t bytes = encode_tree(plane, n, code, ahead, out, room);
     if (sampled && (bytes < 0 || bytes > expected + expected / kSampleError)) continue;
     if (!may_be_raw || (bytes >= 0 && pays(bytes, n))) return bytes;
     break;
@@ -263,7 +279,7 @@ int64_t encode_plane(const uint8_t* plane, int64_t n, Layout layout, uint8_t* ou
 
 }  // namespace
 
-int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst) {
+int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst, NextChunk next) {
   const int planes = plane_count(layout);
   const int64_t n = size / element_bytes(layout);
   const uint8_t* plane[kMaxPlanes] = {src};
@@ -272,11 +288,13 @@ int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, ui
     for (int p = 0; p < planes; ++p) plane[p] = split[p] = scratch(plane_buffer[p], n);
     select_split_planes(isa_in_use())(layout, src, n, split);
   }
+  Ahead ahead{lines_of(next, dst), {dst, 0}};
   dst[0] = kBlockLog2;
   int64_t total = 1 + planes * kPlaneHeader;
   for (int p = 0; p < planes; ++p) {
     uint8_t* const header = dst + 1 + p * kPlaneHeader;
-    const int64_t bytes = total > size ? kNoRoom : encode_plane(plane[p], n, layout, dst + total, size - total, header);
+    const int64_t bytes =
+        total > size ? kNoRoom : encode_plane(plane[p], n, layout, &ahead, dst + total, size - total, header);
     total += bytes;
     if (bytes < 0 || !pays(total, size)) {
       dst[0] = kStored;
@@ -288,7 +306,8 @@ int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, ui
   return total;
 }
 
-Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size) {
+Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size,
+                            NextChunk next) {
   if (payload_size < 1) return Status::truncated;
   const uint8_t* const end = payload + payload_size;
   const int block_log2 = *payload++;
@@ -304,7 +323,6 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
     uint8_t mode;
     const uint8_t *next, *end;
     TreeCode code;
-    int64_t last_block = 0;  // its bytes
   };
   const int planes = plane_count(layout);
   const int64_t n = size / element_bytes(layout), block = std::min(int64_t{1} << block_log2, n);
@@ -335,7 +353,9 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
 
   DecodeBlockFn* const decode_block = select_huffman_decode_block(isa_in_use());
   JoinPlanesFn* const join = select_join_planes(isa_in_use());
+  Ahead ahead{lines_of(next, dst), {dst, size}};
   DecodeBlockArgs args{};
+  args.ahead = &ahead;
   for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], block + kVectorSlack);
   args.node_bits = scratch(node_bits_buffer, node_bits_bound(block));
   for (int64_t start = 0; start < n; start += block) {
@@ -349,17 +369,15 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
         self.next += count;
         continue;
       }
-      // The next block writes over this one's slack; only the last needs a buffer with slack of its own.
-      const bool in_place = layout == Layout::bytes && start + count + kVectorSlack <= n;
+      // The next block writes over this one's slack, and whole vectors have none; else a buffer with slack is needed.
+      const bool in_place = layout == Layout::bytes && (start + count + kVectorSlack <= n || count % kVectorSlack == 0);
       args.code = &self.code;
       args.bits = self.next;
       args.bits_end = self.end;
       args.n = static_cast<int>(count);
       args.out = in_place ? out : scratch(plane_buffer[p], block + kVectorSlack);
-      args.ahead = self.last_block;
       const int64_t used = decode_block(args);
       if (used < 0) return static_cast<Status>(-used);
-      self.last_block = used;
       self.next += used;
       symbols[p] = args.out;
     }

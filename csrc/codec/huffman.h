@@ -17,12 +17,19 @@ constexpr int64_t kMaxChunkBytes = int64_t{1} << 24;
 // The most bytes that encoding a chunk can take: stored, behind its mode byte.
 constexpr int64_t huffman_bound(int64_t size) { return size + 1; }
 
+// What the same thread is going to read next, another chunk: it is fetched meanwhile.
+struct NextChunk {
+  const uint8_t* data = nullptr;
+  int64_t size = 0;
+};
+
 // Encodes src[size] into dst[huffman_bound(size)], size in [1, kMaxChunkBytes] and a multiple of element_bytes(layout).
 // Returns the bytes written.
-int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst);
+int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst, NextChunk next = {});
 
 // Decodes payload[payload_size] into exactly dst[size]. dst holds anything after an error.
-Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size);
+Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size,
+                            NextChunk next = {});
 
 // Adds to counts[plane_count(layout)][256] how often each symbol occurs in each plane of src[size].
 void count_planes(const uint8_t* src, int64_t size, Layout layout, int64_t* counts);

@@ -18,6 +18,27 @@ namespace lepton {
 
 constexpr int kVectorSlack = 64;  // kernels read and write up to one vector past the end of a buffer of symbols
 
+// Memory that is fetched to the second-level cache line by line.
+struct Lines {
+  static constexpr int kBytes = 64;
+  const uint8_t *next, *last;
+
+  LEPTON_INLINE Lines(const uint8_t* begin, int64_t bytes) : next(begin), last(begin + (bytes > 0 ? bytes - 1 : 0)) {}
+  LEPTON_INLINE void fetch_one() {
+    __builtin_prefetch(next, 0, 2);
+    next += last - next < kBytes ? 0 : kBytes;
+  }
+};
+// What will be read and what will be written soon. While symbols are moved from one level to the next the memory has
+// nothing to do: where that is done 64 at a time, a line is fetched with each of them. Slower steps have no use for it.
+struct Ahead {
+  Lines in, out;
+  LEPTON_INLINE void fetch() {
+    in.fetch_one();
+    out.fetch_one();
+  }
+};
+
 struct DecodeBlockArgs {
   const TreeCode* code;
   const uint8_t *bits, *bits_end;
@@ -25,7 +46,7 @@ struct DecodeBlockArgs {
   int n;
   uint8_t* level[2];   // n bytes each, with kVectorSlack
   uint8_t* node_bits;  // node_bits_bound(n) bytes, for coded nodes
-  int64_t ahead;       // about how far behind `bits` the next block is, whose bits are fetched meanwhile
+  Ahead* ahead;
 };
 // Returns how many bytes of `bits` the block took, or -Status.
 using DecodeBlockFn = int64_t(const DecodeBlockArgs& args);
@@ -50,6 +71,7 @@ struct EncodeBlockArgs {
   uint8_t* scratch;  // encode_scratch(n) bytes
   NodeBits*
       node_bits;  // [kMaxLeaves]: receives where in `out` each inner node's bits are; nullptr if there are coded ones
+  Ahead* ahead;
 };
 constexpr uint8_t kNoRank = 255;
 

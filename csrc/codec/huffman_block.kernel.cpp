@@ -12,13 +12,6 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-// Fetches the bytes that are `ahead` of p[bytes] to the second-level cache; there need not be any.
-LEPTON_INLINE void fetch(const uint8_t* p, int64_t ahead, int64_t bytes) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)), 0, 2);
-}
-
 // Child p of the inner nodes of `depth`, counted from the left: one of the leaves below, or else of the inner nodes.
 template <typename T>
 LEPTON_INLINE T& child_of(const HuffmanCode& code, int depth, T* leaf, T* node, int p) {
@@ -88,7 +81,6 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
     uint8_t* out = depth == 0 ? args.out : args.level[depth & 1];
     const int first_leaf = code.first_leaf[depth];
     for (int i = first_leaf + code.singles[depth]; i < first_leaf + code.leaves[depth]; out += leaf[i++].n) {
-      fetch(leaf[i].bits, args.ahead, plain_bytes(leaf[i].n, code.leaf_bits[i]));
       unpack(out, leaf[i].n, leaf[i].bits, code.leaf_bits[i], code.symbols + code.leaf_begin[i]);
     }
     if (depth == code.max_depth) continue;
@@ -100,14 +92,13 @@ int64_t decode_tree(const HuffmanCode& code, const DecodeBlockArgs& args, int co
     for (int j = 0; j < count; ++j) {
       const NodeBits& self = node[first + j];
       const int p = 2 * j;
-      fetch(self.bits, args.ahead, self.n / 8);
       if (p + 1 < singles_below) {
         blend(out, self.n, self.bits, single[p], single[p + 1]);
       } else if (p < singles_below) {
-        merge_leaf(out, self.n, self.bits, single[p], in);
+        merge_leaf(out, self.n, self.bits, single[p], in, args.ahead);
         in += child(p + 1).n;
       } else {
-        merge_nodes(out, self.n, self.bits, in, in + child(p).n);
+        merge_nodes(out, self.n, self.bits, in, in + child(p).n, args.ahead);
         in += self.n;
       }
       out += self.n;
@@ -123,19 +114,20 @@ struct EncodeTreeArgs {
   const uint8_t *symbols, *rank_of;
   int n;
   uint8_t *out, *scratch;
+  Ahead* ahead;
 };
 template <typename PlaceFor, typename Written>
 int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const Written& written) {
   const HuffmanCode& code = *args.code;
   uint8_t* const ranks = args.scratch;
   uint8_t* const level[2] = {ranks + args.n + kVectorSlack, ranks + args.n + kVectorSlack + level_bound(args.n)};
-  const bool all_coded = translate(args.symbols, args.n, args.rank_of, ranks);
-  if (!all_coded && code.symbol_count() < kMaxLeaves) return kNoCode;
   struct Ranks {
     const uint8_t* ranks;
     int n;
   } node[kMaxLeaves], leaf[kMaxLeaves];
   (code.max_depth == 0 ? leaf : node)[0] = {ranks, args.n};
+  bool all_coded = true;
+  if (code.max_depth == 0) all_coded = translate(args.symbols, args.n, args.rank_of, ranks);
   uint8_t* bits = args.out;
   for (int depth = 0; depth <= code.max_depth; ++depth) {
     const int first_leaf = code.first_leaf[depth];
@@ -154,14 +146,21 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
       Ranks& left = child_of(code, depth, leaf, node, p);
       Ranks& right = child_of(code, depth, leaf, node, p + 1);
       uint8_t* const to = place_for(first + j, bits);
+      // The root's symbols are not ranks yet.
+      const auto split = [&]<bool keep_left, bool keep_right>(uint8_t* to_left,
+                                                              uint8_t* to_right) LEPTON_LAMBDA_INLINE {
+        return depth == 0 ? partition_symbols<keep_left, keep_right>(args.symbols, n, args.rank_of, ranks, &all_coded,
+                                                                     threshold, to, to_left, to_right, args.ahead)
+                          : partition<keep_left, keep_right>(in, n, threshold, to, to_left, to_right, args.ahead);
+      };
       if (p + 1 < singles_below) {
-        partition<false, false>(in, n, threshold, to, nullptr, nullptr);
+        split.template operator()<false, false>(nullptr, nullptr);
       } else if (p < singles_below) {
-        right = {out, partition<false, true>(in, n, threshold, to, nullptr, out)};
+        right = {out, split.template operator()<false, true>(nullptr, out)};
         out += right.n + kVectorSlack;
       } else {
         uint8_t* const second = out + n + kVectorSlack;
-        right = {second, partition<true, true>(in, n, threshold, to, out, second)};
+        right = {second, split.template operator()<true, true>(out, second)};
         left = {out, n - right.n};
         out = second + right.n + kVectorSlack;
       }
@@ -169,7 +168,7 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
       if (bits == nullptr) return kNoCode;
     }
   }
-  return bits - args.out;
+  return all_coded || code.symbol_count() == kMaxLeaves ? bits - args.out : kNoCode;
 }
 
 }  // namespace
@@ -187,7 +186,7 @@ int64_t huffman_encode_block(const EncodeBlockArgs& args) {
   uint8_t* out = nullptr;
   const auto is_coded = [&](int node) { return next < code.coded_nodes && code.node[next] == node; };
   return encode_tree(
-      {&code.tree, args.symbols, args.rank_of[0], args.n, args.out, args.scratch},
+      {&code.tree, args.symbols, args.rank_of[0], args.n, args.out, args.scratch, args.ahead},
       [&](int node, uint8_t* bits) {
         out = bits;
         return is_coded(node) ? node_bits : bits;
@@ -198,7 +197,8 @@ int64_t huffman_encode_block(const EncodeBlockArgs& args) {
         const HuffmanCode& of_bits = code.bits[next++];
         const auto in_place = [](int, uint8_t* to) { return to; };
         const int64_t bytes = encode_tree(
-            {&of_bits, bits, args.rank_of[next], static_cast<int>(plain_bytes(n, 1)), out, scratch}, in_place, behind);
+            {&of_bits, bits, args.rank_of[next], static_cast<int>(plain_bytes(n, 1)), out, scratch, args.ahead},
+            in_place, behind);
         return bytes < 0 ? nullptr : out + bytes;
       });
 }

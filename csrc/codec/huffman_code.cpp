@@ -151,24 +151,20 @@ Tree cut(const ByCount& by_count, uint64_t merge_price) {
   const int n = by_count.n;
   const auto& sum = by_count.sum;
   const uint32_t log_total = log2_of(sum[n]);
-  // In 2^16ths of a bit, with the bits of a place in the group in the lowest kBitsOf bits: what a group takes, and what
+  // In 2^16ths of a bit, with the bits of a place in the group in the lowest kBitsOf bits: what
   // the symbols from i on take, whose first group that is. A group that reaches beyond the last symbol costs more than
   // a smaller one that does.
   constexpr int kBitsOf = 4;
   constexpr uint64_t kCost = ~uint64_t{0} << kBitsOf;
-  std::array<std::array<uint64_t, kMaxPlaceBits + 1>, kMaxLeaves> group;
-  for (int bits = 0; bits <= kMaxPlaceBits; ++bits) {
-    for (int i = 0; i < n; ++i) {
-      const uint32_t count = sum[i + (1 << bits)] - sum[i];
-      const uint32_t depth = (log_total - log2_of(count)) * static_cast<uint32_t>(256 + merge_price) >> 8;
-      group[i][bits] = uint64_t{count} * (depth + (static_cast<uint32_t>(bits) << 16)) << kBitsOf | bits;
-    }
-  }
   std::array<uint64_t, 2 * kMaxLeaves> best{};
   for (int i = n - 1; i >= 0; --i) {
     uint64_t least = ~uint64_t{0};
-    for (int bits = 0; bits <= kMaxPlaceBits; ++bits)
-      least = std::min(least, group[i][bits] + (best[i + (1 << bits)] & kCost));
+    for (int bits = 0; bits <= kMaxPlaceBits; ++bits) {
+      const uint32_t count = sum[i + (1 << bits)] - sum[i];
+      const uint32_t depth = (log_total - log2_of(count)) * static_cast<uint32_t>(256 + merge_price) >> 8;
+      const uint64_t group = uint64_t{count} * (depth + (static_cast<uint32_t>(bits) << 16)) << kBitsOf | bits;
+      least = std::min(least, group + (best[i + (1 << bits)] & kCost));
+    }
     best[i] = least;
   }
   Tree tree;
@@ -215,32 +211,32 @@ class GammaWriter {
 
 class GammaReader {
  public:
-  GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), left_(8 * (end - in)) {}
+  GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), bits_(8 * static_cast<uint64_t>(end - in)) {}
 
   // 0 where the data ends or the number is larger than the table has any.
   uint32_t get() {
     uint64_t word = 0;
-    if (left_ >= 64)
-      std::memcpy(&word, in_, 8);
+    if (bits_ - at_ >= 64)
+      std::memcpy(&word, in_ + at_ / 8, 8);
     else
-      std::memcpy(&word, in_, static_cast<size_t>((left_ + skip_ + 7) / 8));
-    word >>= skip_;
-    const int below = word == 0 ? kMostBelow + 1 : __builtin_ctzll(word), bits = 2 * below + 1;
-    if (below > kMostBelow || bits > left_) return 0;
-    in_ += (skip_ + bits) / 8;
-    skip_ = (skip_ + bits) % 8;
-    left_ -= bits;
-    return static_cast<uint32_t>(1u << below | (word >> (below + 1) & ((1u << below) - 1)));
+      std::memcpy(&word, in_ + at_ / 8, bits_ / 8 - at_ / 8);
+    word >>= at_ % 8;
+    const auto below = static_cast<unsigned>(__builtin_ctzll(word | 1u << (kMostBelow + 1)));
+    if (below > kMostBelow || 2 * below + 1 > bits_ - at_) return 0;
+    at_ += 2 * below + 1;
+    return 1u << below | (static_cast<uint32_t>(word >> below) >> 1 & ((1u << below) - 1));
   }
-  bool near_end() const { return left_ < 2 * kMostBelow + 1; }
+  bool near_end() const { return bits_ - at_ < 2 * kMostBelow + 1; }
   // Where the next byte begins, or nullptr if the bits before it are not 0.
-  const uint8_t* finish() const { return skip_ == 0 ? in_ : in_[0] >> skip_ == 0 ? in_ + 1 : nullptr; }
+  const uint8_t* finish() const {
+    const uint8_t* const p = in_ + at_ / 8;
+    return at_ % 8 == 0 ? p : *p >> at_ % 8 == 0 ? p + 1 : nullptr;
+  }
 
  private:
-  static constexpr int kMostBelow = 8;
+  static constexpr unsigned kMostBelow = 8;
   const uint8_t* in_;
-  int64_t left_;  // bits
-  int skip_ = 0;
+  uint64_t bits_, at_ = 0;
 };
 
 // The leaves of a tree and `none`, for symbols that it lacks, the latest named one first; the first place is that of
@@ -274,21 +270,35 @@ class LeavesByPlace {
  public:
   explicit LeavesByPlace(int leaf_count) : size_(leaf_count + 2) {
     order_[0] = kNobody;
-    order_[1] = static_cast<int16_t>(leaf_count);  // none
-    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<int16_t>(leaf);
+    order_[1] = static_cast<uint16_t>(leaf_count);  // none
+    for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<uint16_t>(leaf);
+    std::memcpy(&front_, order_.data(), sizeof front_);
   }
-  // -1 where nobody is.
-  int take(uint32_t place) {
+  // kNobody where nobody is.
+  uint16_t take(uint32_t place) {
     if (place == 0 || place >= static_cast<uint32_t>(size_)) return kNobody;
-    const int16_t leaf = order_[place];
-    std::memmove(&order_[1], &order_[0], place * sizeof order_[0]);
-    return order_[0] = leaf;
+    if (place >= kFront) [[unlikely]] {
+      const uint16_t leaf = order_[place];
+      std::memmove(&order_[kFront + 1], &order_[kFront], (place - kFront) * sizeof order_[0]);
+      order_[kFront] = static_cast<uint16_t>(front_ >> 16 * (kFront - 1));
+      front_ = front_ << 16 | leaf;
+      return leaf;
+    }
+    const auto leaf = static_cast<uint16_t>(front_ >> 16 * place);
+    const Front moved = ~Front{0} >> 16 * (kFront - 1 - place);
+    front_ = (front_ & ~moved) | ((front_ << 16 | leaf) & moved);
+    return leaf;
   }
 
+  static constexpr uint16_t kNobody = 0xffff;
+
  private:
-  static constexpr int16_t kNobody = -1;
+  // The first places, the very first one lowest; most numbers are small.
+  using Front = unsigned __int128;
+  static constexpr uint32_t kFront = sizeof(Front) / 2;
+  Front front_;
   int size_;
-  std::array<int16_t, kMaxLeaves + 2> order_;
+  std::array<uint16_t, kMaxLeaves + 2 + kFront> order_;  // of the places behind them
 };
 
 // A tree's table: how many inner nodes there are at depth 0, 1, ..., a byte each, to the first 0; then the symbols from
@@ -327,7 +337,7 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
     nodes = 2 * inner;
   }
 
-  std::array<uint16_t, 256> leaf_of;
+  std::array<uint16_t, 256 + 3> leaf_of;  // written four at a time
   std::array<uint16_t, kMaxLeaves + 1> sizes{};
   LeavesByPlace leaves(code->leaf_count);
   const int none = code->leaf_count;
@@ -335,10 +345,12 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
   for (uint32_t symbol = 0; symbol < 256;) {
     const uint32_t place = reader.get(), run = place == 0 ? 0 : reader.get();
     if (run == 0) return reader.near_end() ? Status::truncated : Status::bad_table;
-    const int leaf = leaves.take(place);
-    if (leaf < 0 || run > 256 - symbol) return Status::bad_table;
-    sizes[static_cast<size_t>(leaf)] += static_cast<uint16_t>(run);
-    for (const uint32_t last = symbol + run; symbol < last; ++symbol) leaf_of[symbol] = static_cast<uint16_t>(leaf);
+    const uint16_t leaf = leaves.take(place);
+    if (leaf == LeavesByPlace::kNobody || run > 256 - symbol) return Status::bad_table;
+    sizes[leaf] += static_cast<uint16_t>(run);
+    const uint64_t four = leaf * uint64_t{0x0001000100010001};
+    for (uint32_t i = symbol; i < symbol + run; i += 4) std::memcpy(&leaf_of[i], &four, sizeof four);
+    symbol += run;
   }
   if ((p = reader.finish()) == nullptr) return Status::bad_padding;
 

@@ -59,7 +59,8 @@ LEPTON_INLINE Words compress(Words words, unsigned b) {
 
 LEPTON_INLINE uint64_t splat(uint8_t byte) { return byte * uint64_t{0x0101010101010101}; }
 
-LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
+LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right,
+                               Ahead*) {
   for (int i = 0; i < n; i += 8) {
     const unsigned b = *bits++;
     const Words sides = expand(Words{load_word(left, 8), load_word(right, 8)}, b);
@@ -69,7 +70,7 @@ LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const u
   }
 }
 
-LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
+LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right, Ahead*) {
   const uint64_t left = splat(symbol);
   for (int i = 0; i < n; i += 8) {
     const unsigned b = *bits++;
@@ -133,7 +134,8 @@ LEPTON_INLINE unsigned at_least(uint64_t x, uint8_t middle) {
 }
 
 template <bool keep_left, bool keep_right>
-LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
+                            Ahead*) {
   int total = 0;
   for (int i = 0; i < n; i += 8) {
     const uint64_t x = load_word(in + i, 8);

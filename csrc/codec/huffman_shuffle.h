@@ -56,7 +56,8 @@ LEPTON_INLINE void for_eights(int n, const Step& step) {
   for (; i < n; i += 8) step(i);
 }
 
-LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
+LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right,
+                               Ahead*) {
   // Of i symbols `ones` came from the right.
   for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
     const unsigned b = bits[i / 8];
@@ -67,7 +68,7 @@ LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const u
   });
 }
 
-LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
+LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right, Ahead*) {
   const Bytes16 left = splat(symbol);
   for_eights(n, [&](int64_t i) LEPTON_LAMBDA_INLINE {
     const unsigned b = bits[i / 8];
@@ -209,7 +210,8 @@ LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uin
 }
 
 template <bool keep_left, bool keep_right>
-LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
+                            Ahead*) {
   const Bytes threshold = everywhere(splat(middle));
   int64_t total = 0;
   // The 16 symbols from in[i + 16 j] on, of the word's bits from 16 j on. One store a side: two of 8 bytes, which

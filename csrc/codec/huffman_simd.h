@@ -1,14 +1,18 @@
 // huffman_simd.h - the steps of huffman_block.kernel.cpp, per level.
 //
-//   merge_nodes(out, n, bits, left, right)   out[i] = the next unread byte of right where bit i is 1, else of left
-//   merge_leaf(out, n, bits, symbol, right)  the same, left being one symbol for ever
+//   merge_nodes(out, n, bits, left, right, ahead)
+//                                            out[i] = the next unread byte of right where bit i is 1, else of left
+//   merge_leaf(out, n, bits, symbol, right, ahead)
+//                                            the same, left being one symbol for ever
 //   blend(out, n, bits, symbol0, symbol1)    the same, both being one symbol for ever
 //   unpack(out, n, bits, k, symbols)         out[i] = symbols[the i-th number of k bits], k from 1 to 8
 //   count_ones(bits, n)                      how many of the n bits are 1
 //   translate(in, n, table, out)             out[i] = table[in[i]], a table of 256; whether none is kNoRank
-//   partition<keep_left, keep_right>(in, n, middle, bits, left, right)
+//   partition<keep_left, keep_right>(in, n, middle, bits, left, right, ahead)
 //                                            the reverse: bit i = in[i] >= middle; the two sides, where they are kept.
 //                                            Returns the ones
+//   partition_symbols<keep_left, keep_right>(in, n, table, ranks, all, middle, bits, left, right, ahead)
+//                                            translate, whose result is *all, and partition. `ranks` has room for n
 //   pack(in, n, first, k, bits)              the reverse of unpack: the i-th number is in[i] - first
 //
 // Arrays of symbols have kVectorSlack bytes of slack, bitmaps have none.
@@ -88,4 +92,19 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
 #include "codec/huffman_shuffle.h"
 #else
 #include "codec/huffman_generic.h"
+#endif
+
+#if !defined(__AVX512VBMI2__)
+namespace lepton::LEPTON_ISA {
+namespace {
+
+template <bool keep_left, bool keep_right>
+LEPTON_INLINE int partition_symbols(const uint8_t* in, int n, const uint8_t* table, uint8_t* ranks, bool* all,
+                                    uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right, Ahead* ahead) {
+  *all = translate(in, n, table, ranks);
+  return partition<keep_left, keep_right>(ranks, n, middle, bits, left, right, ahead);
+}
+
+}  // namespace
+}  // namespace lepton::LEPTON_ISA
 #endif

@@ -9,7 +9,7 @@ namespace {
 // The lowest n bits, all of them for n >= 64.
 LEPTON_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
-// Calls step(i, word) for every 64 of n bits; in the last one those past n are 0.
+// Calls step(i, word) for every 64 of n bits, those past n being 0.
 template <typename Step>
 LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
   int i = 0;
@@ -19,11 +19,22 @@ LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
     step(i, word);
   }
   if (i == n) return;
-  step(i, load_word(bits, (n - i + 7) / 8) & ((uint64_t{1} << (n - i)) - 1));
+  const auto bytes = static_cast<__mmask16>(low_bits((n - i + 7) / 8));
+  step(i, static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_maskz_loadu_epi8(bytes, bits))));
+}
+template <typename Step>
+LEPTON_INLINE void for_words(const uint8_t* bits, int n, Ahead* ahead, const Step& step) {
+  Ahead lines = *ahead;  // in registers: what is written might be *ahead, as far as the compiler knows
+  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
+    lines.fetch();
+    step(i, word);
+  });
+  *ahead = lines;
 }
 
-LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right) {
-  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
+LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const uint8_t* left, const uint8_t* right,
+                               Ahead* ahead) {
+  for_words(bits, n, ahead, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
     const __m512i zeros = _mm512_maskz_expand_epi8(~word, _mm512_loadu_si512(left));
     _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(zeros, word, _mm512_loadu_si512(right)));
     const int64_t ones = __builtin_popcountll(word);
@@ -32,9 +43,10 @@ LEPTON_INLINE void merge_nodes(uint8_t* out, int n, const uint8_t* bits, const u
   });
 }
 
-LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right) {
+LEPTON_INLINE void merge_leaf(uint8_t* out, int n, const uint8_t* bits, uint8_t symbol, const uint8_t* right,
+                              Ahead* ahead) {
   const __m512i left = _mm512_set1_epi8(static_cast<char>(symbol));
-  for_words(bits, n, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
+  for_words(bits, n, ahead, [&](int i, uint64_t word) LEPTON_LAMBDA_INLINE {
     _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(left, word, _mm512_loadu_si512(right)));
     right += __builtin_popcountll(word);
   });
@@ -167,15 +179,42 @@ LEPTON_INLINE int count_ones(const uint8_t* bits, int n) {
   return static_cast<int>(_mm512_reduce_add_epi64(ones));
 }
 
+// What is partitioned, 64 ranks at a time: looked up for symbols, which tells whether all of them have one, or in
+// memory.
+class RankSource {
+ public:
+  LEPTON_INLINE RankSource(const uint8_t* symbols, int n, const uint8_t* table)
+      : symbols_(symbols), n_(n), ranks_(table) {}
+  LEPTON_INLINE __m512i at(int i) {
+    const __m512i ranks = ranks_.at(_mm512_loadu_si512(symbols_ + i));
+    most_ = _mm512_max_epu8(most_, i + 64 <= n_ ? ranks : _mm512_maskz_mov_epi8(low_bits(n_ - i), ranks));
+    return ranks;
+  }
+  LEPTON_INLINE bool all() const {
+    return _mm512_cmpeq_epi8_mask(most_, _mm512_set1_epi8(static_cast<char>(kNoRank))) == 0;
+  }
+
+ private:
+  const uint8_t* symbols_;
+  int n_;
+  ByteTable ranks_;
+  __m512i most_ = _mm512_setzero_si512();
+};
+struct RanksInMemory {
+  const uint8_t* ranks;
+  LEPTON_INLINE __m512i at(int i) const { return _mm512_loadu_si512(ranks + i); }
+};
+
 // What is not in the first-level cache when it is stored to holds up the stores behind it.
 constexpr int kStoreAhead = 128;
 
-template <bool keep_left, bool keep_right>
-LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right) {
+template <bool keep_left, bool keep_right, typename Source>
+LEPTON_INLINE int partition_from(Source& source, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
+                                 Ahead* ahead) {
   const __m512i threshold = _mm512_set1_epi8(static_cast<char>(middle));
   int64_t total = 0;
   const auto split = [&](int i) LEPTON_LAMBDA_INLINE {
-    const __m512i x = _mm512_loadu_si512(in + i);
+    const __m512i x = source.at(i);
     const uint64_t word = _mm512_cmpge_epu8_mask(x, threshold);
     const int64_t ones = __builtin_popcountll(word);
     total += ones;
@@ -186,16 +225,35 @@ LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* b
     if constexpr (keep_right) _mm512_storeu_si512(right, _mm512_maskz_compress_epi8(word, x)), right += ones;
     return word;
   };
+  Ahead lines = *ahead;
   int i = 0;
   for (; i + 64 <= n; i += 64) {
+    lines.fetch();
     const uint64_t word = split(i);
     __builtin_memcpy(bits + i / 8, &word, 8);
   }
+  *ahead = lines;
   if (i == n) return static_cast<int>(total);
   // What lies past n goes to the ends of both sides, where nobody looks.
   const uint64_t before = static_cast<uint64_t>(total), word = split(i) & ((uint64_t{1} << (n - i)) - 1);
   store_word(bits + i / 8, word, (n - i + 7) / 8);
   return static_cast<int>(before) + __builtin_popcountll(word);
+}
+
+template <bool keep_left, bool keep_right>
+LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
+                            Ahead* ahead) {
+  RanksInMemory source{in};
+  return partition_from<keep_left, keep_right>(source, n, middle, bits, left, right, ahead);
+}
+
+template <bool keep_left, bool keep_right>
+LEPTON_INLINE int partition_symbols(const uint8_t* in, int n, const uint8_t* table, uint8_t*, bool* all, uint8_t middle,
+                                    uint8_t* bits, uint8_t* left, uint8_t* right, Ahead* ahead) {
+  RankSource source(in, n, table);
+  const int ones = partition_from<keep_left, keep_right>(source, n, middle, bits, left, right, ahead);
+  *all = source.all();
+  return ones;
 }
 
 }  // namespace
