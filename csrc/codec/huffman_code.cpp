@@ -213,18 +213,16 @@ class GammaReader {
  public:
   GammaReader(const uint8_t* in, const uint8_t* end) : in_(in), bits_(8 * static_cast<uint64_t>(end - in)) {}
 
-  // 0 where the data ends or the number is larger than the table has any.
-  uint32_t get() {
+  // Two numbers, 0 each where the data ends or it is larger than the table has any.
+  std::array<uint32_t, 2> get_two() {
     uint64_t word = 0;
     if (bits_ - at_ >= 64)
       std::memcpy(&word, in_ + at_ / 8, 8);
     else
       std::memcpy(&word, in_ + at_ / 8, bits_ / 8 - at_ / 8);
     word >>= at_ % 8;
-    const auto below = static_cast<unsigned>(__builtin_ctzll(word | 1u << (kMostBelow + 1)));
-    if (below > kMostBelow || 2 * below + 1 > bits_ - at_) return 0;
-    at_ += 2 * below + 1;
-    return 1u << below | (static_cast<uint32_t>(word >> below) >> 1 & ((1u << below) - 1));
+    const uint32_t first = take(&word);
+    return {first, first == 0 ? 0 : take(&word)};
   }
   bool near_end() const { return bits_ - at_ < 2 * kMostBelow + 1; }
   // Where the next byte begins, or nullptr if the bits before it are not 0.
@@ -235,6 +233,16 @@ class GammaReader {
 
  private:
   static constexpr unsigned kMostBelow = 8;
+
+  uint32_t take(uint64_t* word) {
+    const auto below = static_cast<unsigned>(__builtin_ctzll(*word | 1u << (kMostBelow + 1)));
+    if (below > kMostBelow || 2 * below + 1 > bits_ - at_) return 0;
+    const auto number = static_cast<uint32_t>(*word >> below);
+    at_ += 2 * below + 1;
+    *word >>= 2 * below + 1;
+    return 1u << below | (number >> 1 & ((1u << below) - 1));
+  }
+
   const uint8_t* in_;
   uint64_t bits_, at_ = 0;
 };
@@ -272,7 +280,7 @@ class LeavesByPlace {
     order_[0] = kNobody;
     order_[1] = static_cast<uint16_t>(leaf_count);  // none
     for (int leaf = 0; leaf < leaf_count; ++leaf) order_[leaf + 2] = static_cast<uint16_t>(leaf);
-    std::memcpy(&front_, order_.data(), sizeof front_);
+    std::memcpy(front_.data(), order_.data(), sizeof front_);
   }
   // kNobody where nobody is.
   uint16_t take(uint32_t place) {
@@ -280,23 +288,43 @@ class LeavesByPlace {
     if (place >= kFront) [[unlikely]] {
       const uint16_t leaf = order_[place];
       std::memmove(&order_[kFront + 1], &order_[kFront], (place - kFront) * sizeof order_[0]);
-      order_[kFront] = static_cast<uint16_t>(front_ >> 16 * (kFront - 1));
-      front_ = front_ << 16 | leaf;
+      order_[kFront] = static_cast<uint16_t>(front_.back() >> 48);
+      move_to_front(kFront - 1, leaf);
       return leaf;
     }
-    const auto leaf = static_cast<uint16_t>(front_ >> 16 * place);
-    const Front moved = ~Front{0} >> 16 * (kFront - 1 - place);
-    front_ = (front_ & ~moved) | ((front_ << 16 | leaf) & moved);
+    const auto leaf = static_cast<uint16_t>(front_[place / 4] >> 16 * (place % 4));
+    move_to_front(place, leaf);
     return leaf;
   }
 
   static constexpr uint16_t kNobody = 0xffff;
 
  private:
-  // The first places, the very first one lowest; most numbers are small.
-  using Front = unsigned __int128;
-  static constexpr uint32_t kFront = sizeof(Front) / 2;
-  Front front_;
+  static constexpr uint32_t kFront = 16;
+  using Front = std::array<uint64_t, kFront / 4>;
+  // moved[p]: the places up to p.
+  struct Moved {
+    Front moved[kFront];
+  };
+  static constexpr Moved kMoved = [] {
+    Moved table{};
+    for (uint32_t place = 0; place < kFront; ++place)
+      for (uint32_t p = 0; p <= place; ++p) table.moved[place][p / 4] |= uint64_t{0xffff} << 16 * (p % 4);
+    return table;
+  }();
+
+  // The leaf comes first, those before `place` move on by one. Without a branch, for nothing foretells a place.
+  void move_to_front(uint32_t place, uint16_t leaf) {
+    const Front& moved = kMoved.moved[place];
+    uint64_t from_before = leaf;
+    for (size_t i = 0; i < front_.size(); ++i) {
+      const uint64_t word = front_[i];
+      front_[i] = (word & ~moved[i]) | ((word << 16 | from_before) & moved[i]);
+      from_before = word >> 48;
+    }
+  }
+
+  Front front_;  // the first places, the very first one lowest
   int size_;
   std::array<uint16_t, kMaxLeaves + 2 + kFront> order_;  // of the places behind them
 };
@@ -337,19 +365,20 @@ Status read_tree(const uint8_t** in, const uint8_t* end, HuffmanCode* code) {
     nodes = 2 * inner;
   }
 
-  std::array<uint16_t, 256 + 3> leaf_of;  // written four at a time
+  std::array<uint16_t, 256 + 7> leaf_of;  // written eight at a time
   std::array<uint16_t, kMaxLeaves + 1> sizes{};
   LeavesByPlace leaves(code->leaf_count);
   const int none = code->leaf_count;
   GammaReader reader(p, end);
   for (uint32_t symbol = 0; symbol < 256;) {
-    const uint32_t place = reader.get(), run = place == 0 ? 0 : reader.get();
+    const auto [place, run] = reader.get_two();
     if (run == 0) return reader.near_end() ? Status::truncated : Status::bad_table;
     const uint16_t leaf = leaves.take(place);
     if (leaf == LeavesByPlace::kNobody || run > 256 - symbol) return Status::bad_table;
     sizes[leaf] += static_cast<uint16_t>(run);
-    const uint64_t four = leaf * uint64_t{0x0001000100010001};
-    for (uint32_t i = symbol; i < symbol + run; i += 4) std::memcpy(&leaf_of[i], &four, sizeof four);
+    std::array<uint16_t, 8> eight;
+    eight.fill(leaf);
+    for (uint32_t i = symbol; i < symbol + run; i += 8) std::memcpy(&leaf_of[i], eight.data(), sizeof eight);
     symbol += run;
   }
   if ((p = reader.finish()) == nullptr) return Status::bad_padding;
