@@ -15,6 +15,7 @@
 #include "codec/checksum.h"
 #include "codec/huffman.h"
 #include "codec/lzw.h"
+#include "cpu/cache.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 
@@ -111,6 +112,9 @@ std::pair<py::bytes, uintptr_t> encode_chunks(int codec, int layout, uintptr_t s
   return {py::reinterpret_steal<py::bytes>(bytes), reinterpret_cast<uintptr_t>(PyBytes_AS_STRING(bytes))};
 }
 
+// Output as large as so many second-level caches is streamed.
+constexpr int64_t kStreamedCaches = 8;
+
 // Checks and decodes `chunks` chunks, chunk i from frame + offsets[i], lengths[i] bytes whose XXH3 is sums[i], to
 // dst + i * chunk_size; size bytes in all. Returns the first bad chunk and what is wrong with it, or None.
 std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, uintptr_t frame, uintptr_t offsets,
@@ -120,6 +124,7 @@ std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, 
   check(chunk_size >= 1 && chunk_size <= kMaxChunkBytes && chunks == (size + chunk_size - 1) / chunk_size,
         "codec: chunks");
   std::vector<Status> status(static_cast<size_t>(chunks));
+  const bool streams = size >= kStreamedCaches * l2_bytes();
   {
     py::gil_scoped_release release;
     run(chunks, threads, [&](int i) {
@@ -134,7 +139,7 @@ std::optional<std::pair<int, std::string>> decode_chunks(int codec, int layout, 
                 at<const int64_t>(lengths)[i + threads]};
       }
       status[i] = static_cast<Codec>(codec) == Codec::huffman
-                      ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n, next)
+                      ? huffman_decode_chunk(payload, length, static_cast<Layout>(layout), to, n, next, streams)
                       : lzw_decode_chunk(payload, length, to, n);
     });
   }

@@ -307,7 +307,7 @@ int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, ui
 }
 
 Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size,
-                            NextChunk next) {
+                            NextChunk next, bool streams) {
   if (payload_size < 1) return Status::truncated;
   const uint8_t* const end = payload + payload_size;
   const int block_log2 = *payload++;
@@ -352,8 +352,9 @@ Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout
   if (body != end) return Status::trailing;
 
   DecodeBlockFn* const decode_block = select_huffman_decode_block(isa_in_use());
-  JoinPlanesFn* const join = select_join_planes(isa_in_use());
-  Ahead ahead{lines_of(next, dst), {dst, size}};
+  streams = streams && planes > 1;
+  JoinPlanesFn* const join = streams ? select_stream_planes(isa_in_use()) : select_join_planes(isa_in_use());
+  Ahead ahead{lines_of(next, dst), {dst, streams ? 0 : size}};
   DecodeBlockArgs args{};
   args.ahead = &ahead;
   for (int i = 0; i < 2; ++i) args.level[i] = scratch(level_buffer[i], block + kVectorSlack);

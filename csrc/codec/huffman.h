@@ -27,9 +27,10 @@ struct NextChunk {
 // Returns the bytes written.
 int64_t huffman_encode_chunk(const uint8_t* src, int64_t size, Layout layout, uint8_t* dst, NextChunk next = {});
 
-// Decodes payload[payload_size] into exactly dst[size]. dst holds anything after an error.
+// Decodes payload[payload_size] into exactly dst[size]. dst holds anything after an error. `streams`: what planes are
+// joined to is written past the caches.
 Status huffman_decode_chunk(const uint8_t* payload, int64_t payload_size, Layout layout, uint8_t* dst, int64_t size,
-                            NextChunk next = {});
+                            NextChunk next = {}, bool streams = false);
 
 // Adds to counts[plane_count(layout)][256] how often each symbol occurs in each plane of src[size].
 void count_planes(const uint8_t* src, int64_t size, Layout layout, int64_t* counts);

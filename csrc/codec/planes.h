@@ -29,5 +29,8 @@ LEPTON_KERNEL(split_planes, SplitPlanesFn)
 
 using JoinPlanesFn = void(Layout layout, const uint8_t* const* planes, int64_t elements, uint8_t* dst);
 LEPTON_KERNEL(join_planes, JoinPlanesFn)
+// The same, written past the caches, as far as the processor can: neither do they read what is overwritten nor lose
+// what they hold.
+LEPTON_KERNEL(stream_planes, JoinPlanesFn)
 
 }  // namespace lepton

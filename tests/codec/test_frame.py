@@ -158,6 +158,20 @@ def test_decode_into_a_tensor():
     assert target.numpy().tobytes() == data
 
 
+@pytest.mark.parametrize("layout", ["nibbles", "bf16", "fp32"])
+def test_large_output_at_any_address(layout):
+    """Large planes are joined to memory past the caches, in whole lines, wherever in a line the output begins."""
+    rng = np.random.default_rng(5)
+    size = 24 << 20
+    data = (rng.standard_normal(size // 4, np.float32) if layout == "fp32" else rng.integers(0, 9, size, np.uint8)).data
+    blob = huffman.encode(data, layout=layout, threads=2)
+    memory = np.empty(size + 64, np.uint8)
+    for start in (0, 1, 2, 16, 62):
+        out = memory[start : start + size]
+        huffman.decode(blob, out=out, threads=2)
+        assert out.data == data.cast("B"), start
+
+
 def test_info():
     info = codec.info(lzw.encode(b"abc" * 5000, chunk_size=4096))
     assert (info.codec, info.layout, info.size, info.chunk_size, info.chunks) == ("lzw", "bytes", 15000, 4096, 4)
