@@ -29,8 +29,8 @@ struct Lines {
     next += last - next < kBytes ? 0 : kBytes;
   }
 };
-// What will be read and what will be written soon. While symbols are moved from one level to the next the memory has
-// nothing to do: where that is done 64 at a time, a line is fetched with each of them. Slower steps have no use for it.
+// What a decoder will read and what it will write soon. While symbols are moved from one level to the next the memory
+// has nothing to do: where 64 are moved at a time, lines are fetched with them. Slower steps have no use for it.
 struct Ahead {
   Lines in, out;
   LEPTON_INLINE void fetch() {
@@ -71,7 +71,7 @@ struct EncodeBlockArgs {
   uint8_t* scratch;  // encode_scratch(n) bytes
   NodeBits*
       node_bits;  // [kMaxLeaves]: receives where in `out` each inner node's bits are; nullptr if there are coded ones
-  Ahead* ahead;
+  Lines* ahead;   // what will be read soon
 };
 constexpr uint8_t kNoRank = 255;
 

@@ -114,7 +114,7 @@ struct EncodeTreeArgs {
   const uint8_t *symbols, *rank_of;
   int n;
   uint8_t *out, *scratch;
-  Ahead* ahead;
+  Lines* ahead;
 };
 template <typename PlaceFor, typename Written>
 int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const Written& written) {

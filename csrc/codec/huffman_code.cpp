@@ -330,7 +330,7 @@ class LeavesByPlace {
 };
 
 // A tree's table: how many inner nodes there are at depth 0, 1, ..., a byte each, to the first 0; then the symbols from
-// 0 to 255 in runs of one leaf: its place among RecentLeaves, the length of the run.
+// 0 to 255 in runs of one leaf: its place among the latest leaves, the length of the run.
 uint8_t* write_tree(const HuffmanCode& code, uint8_t* out) {
   for (int depth = 0; depth <= code.max_depth; ++depth)
     *out++ = static_cast<uint8_t>(code.first_node[depth + 1] - code.first_node[depth]);

@@ -135,7 +135,7 @@ LEPTON_INLINE unsigned at_least(uint64_t x, uint8_t middle) {
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
-                            Ahead*) {
+                            Lines*) {
   int total = 0;
   for (int i = 0; i < n; i += 8) {
     const uint64_t x = load_word(in + i, 8);

@@ -211,7 +211,7 @@ LEPTON_INLINE bool translate(const uint8_t* in, int n, const uint8_t* table, uin
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
-                            Ahead*) {
+                            Lines*) {
   const Bytes threshold = everywhere(splat(middle));
   int64_t total = 0;
   // The 16 symbols from in[i + 16 j] on, of the word's bits from 16 j on. One store a side: two of 8 bytes, which

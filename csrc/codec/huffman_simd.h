@@ -100,7 +100,7 @@ namespace {
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition_symbols(const uint8_t* in, int n, const uint8_t* table, uint8_t* ranks, bool* all,
-                                    uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right, Ahead* ahead) {
+                                    uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right, Lines* ahead) {
   *all = translate(in, n, table, ranks);
   return partition<keep_left, keep_right>(ranks, n, middle, bits, left, right, ahead);
 }

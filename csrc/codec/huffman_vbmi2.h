@@ -210,7 +210,7 @@ constexpr int kStoreAhead = 128;
 
 template <bool keep_left, bool keep_right, typename Source>
 LEPTON_INLINE int partition_from(Source& source, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
-                                 Ahead* ahead) {
+                                 Lines* ahead) {
   const __m512i threshold = _mm512_set1_epi8(static_cast<char>(middle));
   int64_t total = 0;
   const auto split = [&](int i) LEPTON_LAMBDA_INLINE {
@@ -225,10 +225,10 @@ LEPTON_INLINE int partition_from(Source& source, int n, uint8_t middle, uint8_t*
     if constexpr (keep_right) _mm512_storeu_si512(right, _mm512_maskz_compress_epi8(word, x)), right += ones;
     return word;
   };
-  Ahead lines = *ahead;
+  Lines lines = *ahead;
   int i = 0;
   for (; i + 64 <= n; i += 64) {
-    lines.fetch();
+    lines.fetch_one();
     const uint64_t word = split(i);
     __builtin_memcpy(bits + i / 8, &word, 8);
   }
@@ -242,14 +242,14 @@ LEPTON_INLINE int partition_from(Source& source, int n, uint8_t middle, uint8_t*
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition(const uint8_t* in, int n, uint8_t middle, uint8_t* bits, uint8_t* left, uint8_t* right,
-                            Ahead* ahead) {
+                            Lines* ahead) {
   RanksInMemory source{in};
   return partition_from<keep_left, keep_right>(source, n, middle, bits, left, right, ahead);
 }
 
 template <bool keep_left, bool keep_right>
 LEPTON_INLINE int partition_symbols(const uint8_t* in, int n, const uint8_t* table, uint8_t*, bool* all, uint8_t middle,
-                                    uint8_t* bits, uint8_t* left, uint8_t* right, Ahead* ahead) {
+                                    uint8_t* bits, uint8_t* left, uint8_t* right, Lines* ahead) {
   RankSource source(in, n, table);
   const int ones = partition_from<keep_left, keep_right>(source, n, middle, bits, left, right, ahead);
   *all = source.all();
