@@ -9,6 +9,11 @@ namespace {
 // The lowest n bits, all of them for n >= 64.
 LEPTON_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
+// The first `bytes` bytes at p, at most 64; no byte behind them is read.
+LEPTON_INLINE __m512i load_bytes(const uint8_t* p, int64_t bytes) {
+  return bytes >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
+}
+
 // Calls step(i, word) for every 64 of n bits, those past n being 0.
 template <typename Step>
 LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
@@ -19,8 +24,8 @@ LEPTON_INLINE void for_words(const uint8_t* bits, int n, const Step& step) {
     step(i, word);
   }
   if (i == n) return;
-  const auto bytes = static_cast<__mmask16>(low_bits((n - i + 7) / 8));
-  step(i, static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_maskz_loadu_epi8(bytes, bits))));
+  const __m512i last = load_bytes(bits, (n - i + 7) / 8);
+  step(i, static_cast<uint64_t>(_mm_cvtsi128_si64(_mm512_castsi512_si128(last))));
 }
 template <typename Step>
 LEPTON_INLINE void for_words(const uint8_t* bits, int n, Ahead* ahead, const Step& step) {
@@ -88,11 +93,6 @@ struct ByteTable {
                                   _mm512_permutex2var_epi8(part[2], places, part[3]));
   }
 };
-
-// The first `bytes` bytes at p, at most 64; no byte behind them is read.
-LEPTON_INLINE __m512i load_bytes(const uint8_t* p, int64_t bytes) {
-  return bytes >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
-}
 
 template <typename Lookup>
 LEPTON_INLINE void unpack_vectors(uint8_t* out, int n, const uint8_t* bits, int k, const Lookup& lookup) {

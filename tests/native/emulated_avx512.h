@@ -1,6 +1,6 @@
-// emulated_avx512.h - AVX-512 intrinsics in terms of AVX2 ones, by SIMDe (Debian: libsimde-dev), for the kernels of levels
-// avx512vnni and avx512vbmi2 on a machine without AVX-512: `make avx512-check` compiles them with this header before all
-// others. What SIMDe 0.7.4 lacks is here, lane by lane.
+// emulated_avx512.h - AVX-512 intrinsics in terms of AVX2 ones, by SIMDe (Debian: libsimde-dev), for the kernels of
+// levels avx512vnni and avx512vbmi2 on a machine without AVX-512: `make avx512-check` compiles them with this header
+// before all others. What SIMDe 0.7.4 lacks is here, lane by lane.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -71,6 +71,23 @@ inline __m512i shuffle_epi32(__m512i a) {
   const Halves in = bits<Halves>(a);
   return bits<__m512i>(Halves{{_mm256_shuffle_epi32(in.half[0], order), _mm256_shuffle_epi32(in.half[1], order)}});
 }
+template <int parts>
+inline __m512i shuffle_i64x2(__m512i a, __m512i b) {
+  const auto first = bits<Lanes<__m128i, 4>>(a), second = bits<Lanes<__m128i, 4>>(b);
+  return bits<__m512i>(Lanes<__m128i, 4>{
+      {first.at[parts & 3], first.at[parts >> 2 & 3], second.at[parts >> 4 & 3], second.at[parts >> 6 & 3]}});
+}
+template <int shift>
+inline __m512i shldi_epi16(__m512i a, __m512i b) {
+  const auto high = bits<Lanes<uint16_t, 32>>(a), low = bits<Lanes<uint16_t, 32>>(b);
+  Lanes<uint16_t, 32> out;
+  for (int i = 0; i < 32; ++i) out.at[i] = static_cast<uint16_t>(high.at[i] << shift | low.at[i] >> (16 - shift));
+  return bits<__m512i>(out);
+}
+inline __m512i madd_epi16(__m512i a, __m512i b) {
+  const Halves x = bits<Halves>(a), y = bits<Halves>(b);
+  return bits<__m512i>(Halves{{_mm256_madd_epi16(x.half[0], y.half[0]), _mm256_madd_epi16(x.half[1], y.half[1])}});
+}
 inline int64_t reduce_add_epi64(__m512i a) {
   int64_t sum = 0;
   for (const int64_t x : bits<Lanes<int64_t, 8>>(a).at) sum += x;
@@ -110,6 +127,12 @@ inline __m512i maskz_loadu_epi8(__mmask64 mask, const void* p) {
   return bits<__m512i>(out);
 }
 
+inline void mask_storeu_epi8(void* p, __mmask64 mask, __m512i a) {
+  const Bytes in = bits<Bytes>(a);
+  for (int i = 0; i < 64; ++i)
+    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = in.at[i];
+}
+
 }  // namespace emulated
 
 #define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
@@ -123,9 +146,15 @@ inline __m512i maskz_loadu_epi8(__mmask64 mask, const void* p) {
 #define _mm512_cvtph_ps(a) emulated::cvtph_ps(a)
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph(a)  // to nearest even, as all of ours
 #define _mm512_shuffle_epi32(a, order) emulated::shuffle_epi32<order>(a)
+#define _mm512_shuffle_i64x2(a, b, parts) emulated::shuffle_i64x2<parts>(a, b)
+#define _mm512_stream_si512(p, a) _mm512_storeu_si512(p, a)
+#define _mm512_shldi_epi16(a, b, shift) emulated::shldi_epi16<shift>(a, b)
+#undef _mm512_madd_epi16  // SIMDe's takes other arguments
+#define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
 #define _mm512_reduce_add_epi64(a) emulated::reduce_add_epi64(a)
 #define _mm512_mask_alignr_epi8(src, mask, a, b, shift) emulated::mask_alignr_epi8<shift>(src, mask, a, b)
 #define _mm512_mask_expand_epi8(src, mask, a) emulated::mask_expand_epi8(src, mask, a)
 #define _mm512_maskz_expand_epi8(mask, a) emulated::mask_expand_epi8(_mm512_setzero_si512(), mask, a)
 #define _mm512_maskz_compress_epi8(mask, a) emulated::maskz_compress_epi8(mask, a)
 #define _mm512_maskz_loadu_epi8(mask, p) emulated::maskz_loadu_epi8(mask, p)
+#define _mm512_mask_storeu_epi8(p, mask, a) emulated::mask_storeu_epi8(p, mask, a)
