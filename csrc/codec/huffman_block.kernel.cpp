@@ -140,7 +140,7 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
     const int singles_below = code.singles[depth + 1];
     uint8_t* out = level[(depth + 1) & 1];
     for (int j = 0; j < count; ++j) {
-      const auto [in, n] = node[first + j];
+      const Ranks self = node[first + j];
       const auto threshold = static_cast<uint8_t>(code.middle[first + j]);
       const int p = 2 * j;
       Ranks& left = child_of(code, depth, leaf, node, p);
@@ -149,9 +149,10 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
       // The root's symbols are not ranks yet.
       const auto split = [&]<bool keep_left, bool keep_right>(uint8_t* to_left,
                                                               uint8_t* to_right) LEPTON_LAMBDA_INLINE {
-        return depth == 0 ? partition_symbols<keep_left, keep_right>(args.symbols, n, args.rank_of, ranks, &all_coded,
-                                                                     threshold, to, to_left, to_right, args.ahead)
-                          : partition<keep_left, keep_right>(in, n, threshold, to, to_left, to_right, args.ahead);
+        return depth == 0
+                   ? partition_symbols<keep_left, keep_right>(args.symbols, self.n, args.rank_of, ranks, &all_coded,
+                                                              threshold, to, to_left, to_right, args.ahead)
+                   : partition<keep_left, keep_right>(self.ranks, self.n, threshold, to, to_left, to_right, args.ahead);
       };
       if (p + 1 < singles_below) {
         split.template operator()<false, false>(nullptr, nullptr);
@@ -159,12 +160,12 @@ int64_t encode_tree(const EncodeTreeArgs& args, const PlaceFor& place_for, const
         right = {out, split.template operator()<false, true>(nullptr, out)};
         out += right.n + kVectorSlack;
       } else {
-        uint8_t* const second = out + n + kVectorSlack;
+        uint8_t* const second = out + self.n + kVectorSlack;
         right = {second, split.template operator()<true, true>(out, second)};
-        left = {out, n - right.n};
+        left = {out, self.n - right.n};
         out = second + right.n + kVectorSlack;
       }
-      bits = written(first + j, to, n);
+      bits = written(first + j, to, self.n);
       if (bits == nullptr) return kNoCode;
     }
   }

@@ -151,9 +151,8 @@ Tree cut(const ByCount& by_count, uint64_t merge_price) {
   const int n = by_count.n;
   const auto& sum = by_count.sum;
   const uint32_t log_total = log2_of(sum[n]);
-  // In 2^16ths of a bit, with the bits of a place in the group in the lowest kBitsOf bits: what
-  // the symbols from i on take, whose first group that is. A group that reaches beyond the last symbol costs more than
-  // a smaller one that does.
+  // What the symbols from i on take, in 2^16ths of a bit; in the lowest kBitsOf bits how many a place in their first
+  // group has. Groups may reach beyond the last symbol: the smallest one that does costs least.
   constexpr int kBitsOf = 4;
   constexpr uint64_t kCost = ~uint64_t{0} << kBitsOf;
   std::array<uint64_t, 2 * kMaxLeaves> best{};
@@ -252,7 +251,7 @@ class GammaReader {
 class PlacesOfLeaves {
  public:
   explicit PlacesOfLeaves(int leaf_count) : size_((leaf_count + 2 + 7) / 8 * 8) {
-    // Nobody, `none`, the leaves; then what comes after all of them.
+    // Nobody came last, before him `none`, then the leaves; what fills the last vector never came.
     named_at_[leaf_count + 1] = 0;
     named_at_[leaf_count] = -1;
     for (int leaf = 0; leaf < leaf_count; ++leaf) named_at_[leaf] = static_cast<int16_t>(-2 - leaf);

@@ -17,8 +17,8 @@ LEPTON_INLINE Word load(const uint8_t* p) {
 }
 
 #if defined(__AVX512VBMI2__)
-// 512 bits of elements at a time, whose bytes a permutation of the register sorts by their planes; then the registers'
-// parts are swapped. What is left, fewer than 64 elements, is left to the loops below.
+// 64 elements at a time: a permutation of each register sorts its bytes by their planes, then registers swap parts. The
+// loops below do the rest.
 struct PlaneOrder {
   alignas(64) uint8_t split16[64], join16[64], split32[64], join32[64];
 };
@@ -139,7 +139,10 @@ void join16(const uint8_t* __restrict high, const uint8_t* __restrict low, int64
 }
 
 void split32(const uint8_t* __restrict src, int64_t n, uint8_t* const* planes) {
-  uint8_t* __restrict p0 = planes[0], * __restrict p1 = planes[1], * __restrict p2 = planes[2], * __restrict p3 = planes[3];
+  uint8_t* __restrict p0 = planes[0];
+  uint8_t* __restrict p1 = planes[1];
+  uint8_t* __restrict p2 = planes[2];
+  uint8_t* __restrict p3 = planes[3];
   for (int64_t i = split32_vectors(src, n, planes); i < n; ++i) {
     const uint32_t word = load<uint32_t>(src + 4 * i);
     const uint32_t rotated = word << 1 | word >> 31;
@@ -151,7 +154,10 @@ void split32(const uint8_t* __restrict src, int64_t n, uint8_t* const* planes) {
 }
 
 void join32(const uint8_t* const* planes, int64_t n, uint8_t* __restrict dst) {
-  const uint8_t* __restrict p0 = planes[0], * __restrict p1 = planes[1], * __restrict p2 = planes[2], * __restrict p3 = planes[3];
+  const uint8_t* __restrict p0 = planes[0];
+  const uint8_t* __restrict p1 = planes[1];
+  const uint8_t* __restrict p2 = planes[2];
+  const uint8_t* __restrict p3 = planes[3];
   for (int64_t i = join32_vectors(planes, n, dst); i < n; ++i) {
     const uint32_t rotated = static_cast<uint32_t>(p0[i]) << 24 | static_cast<uint32_t>(p1[i]) << 16 |
                              static_cast<uint32_t>(p2[i]) << 8 | p3[i];
