@@ -6,7 +6,34 @@
 namespace lepton::LEPTON_ISA {
 namespace {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+// 16 x 16: pairs of rows, fours of them, quarters of registers. Whole registers are stored: a load of one would wait
+// for two halves to reach the cache.
+LEPTON_INLINE void transpose_registers(const float* in, int in_stride, float* out, int out_stride) {
+  __m512 row[16], four[4][4];
+  unroll<16>([&]<int r>() LEPTON_LAMBDA_INLINE { row[r] = _mm512_loadu_ps(in + r * in_stride); });
+  unroll<4>([&]<int i>() LEPTON_LAMBDA_INLINE {  // four[i][c]: column c of rows 4 i to 4 i + 3, beside c + 4, ...
+    const __m512d upper_low = _mm512_castps_pd(_mm512_unpacklo_ps(row[4 * i], row[4 * i + 1]));
+    const __m512d upper_high = _mm512_castps_pd(_mm512_unpackhi_ps(row[4 * i], row[4 * i + 1]));
+    const __m512d lower_low = _mm512_castps_pd(_mm512_unpacklo_ps(row[4 * i + 2], row[4 * i + 3]));
+    const __m512d lower_high = _mm512_castps_pd(_mm512_unpackhi_ps(row[4 * i + 2], row[4 * i + 3]));
+    four[i][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(upper_low, lower_low));
+    four[i][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(upper_low, lower_low));
+    four[i][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(upper_high, lower_high));
+    four[i][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(upper_high, lower_high));
+  });
+  unroll<4>([&]<int c>() LEPTON_LAMBDA_INLINE {
+    const __m512 upper_low = _mm512_shuffle_f32x4(four[0][c], four[1][c], 0x44);
+    const __m512 upper_high = _mm512_shuffle_f32x4(four[0][c], four[1][c], 0xee);
+    const __m512 lower_low = _mm512_shuffle_f32x4(four[2][c], four[3][c], 0x44);
+    const __m512 lower_high = _mm512_shuffle_f32x4(four[2][c], four[3][c], 0xee);
+    _mm512_storeu_ps(out + c * out_stride, _mm512_shuffle_f32x4(upper_low, lower_low, 0x88));
+    _mm512_storeu_ps(out + (c + 4) * out_stride, _mm512_shuffle_f32x4(upper_low, lower_low, 0xdd));
+    _mm512_storeu_ps(out + (c + 8) * out_stride, _mm512_shuffle_f32x4(upper_high, lower_high, 0x88));
+    _mm512_storeu_ps(out + (c + 12) * out_stride, _mm512_shuffle_f32x4(upper_high, lower_high, 0xdd));
+  });
+}
+#elif defined(__AVX2__)
 // 8 x 8: pairs of rows, pairs of those, halves of registers.
 LEPTON_INLINE void transpose_8x8(const float* in, int in_stride, float* out, int out_stride) {
   __m256 row[8], pair[8];
@@ -27,7 +54,9 @@ LEPTON_INLINE void transpose_8x8(const float* in, int in_stride, float* out, int
 
 // out[c][r] = in[r][c], 16 x 16; strides in values.
 LEPTON_INLINE void transpose_16x16(const float* in, int in_stride, float* out, int out_stride) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  transpose_registers(in, in_stride, out, out_stride);
+#elif defined(__AVX2__)
   for (int r = 0; r < 16; r += 8)
     for (int c = 0; c < 16; c += 8)
       transpose_8x8(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
