@@ -3,6 +3,7 @@
 MAX_K: int
 GROUP_MULTIPLE: int
 SPARSE_SLICE: int
+SHORT_SLICE: int
 LONG_SLICE: int
 SCALE_BLOCK: int
 

@@ -209,8 +209,8 @@ int64_t sparse_rows_bytes(int n, int k, int form, int slice, int64_t items) {
         "sparse_rows: k (in_features) is " + std::to_string(k) + "; allowed: 1 to " + std::to_string(kMaxK));
   check(items >= 0 && items <= int64_t(n) * k,
         "sparse_rows: items is " + std::to_string(items) + "; allowed: 0 to n * k");
-  check(slice == kSparseSlice || slice == kLongSlice,
-        "sparse_rows: slice is " + std::to_string(slice) + "; allowed: SPARSE_SLICE, LONG_SLICE");
+  check(slice == kSparseSlice || slice == kShortSlice || slice == kLongSlice,
+        "sparse_rows: slice is " + std::to_string(slice) + "; allowed: SPARSE_SLICE, SHORT_SLICE, LONG_SLICE");
   return SparseRowsLayout(n, k, sparse_form(form), slice, items).bytes;
 }
 
@@ -242,7 +242,7 @@ void bind_sparse_rows(uintptr_t x, int dtype, int64_t x_stride, int m, uintptr_t
   check_activation(activation);
   sparse_rows_bytes(n, k, form, slice, items);
   const bool for_one = sparse_form(form) == SparseForm::floats || sparse_form(form) == SparseForm::pairs;
-  check(slice == kSparseSlice || (m == 1 && for_one),
+  check(slice != kLongSlice || (m == 1 && for_one),
         "sparse_rows: m is " + std::to_string(m) + "; allowed with long slices: 1, and floats or pairs");
   const SparseRowsArgs args{at<const void>(x),
                             static_cast<Dtype>(dtype),
@@ -289,6 +289,7 @@ void bind_cpu(py::module_& module) {
   }
   module.attr("MAX_K") = kMaxK;
   module.attr("SPARSE_SLICE") = kSparseSlice;
+  module.attr("SHORT_SLICE") = kShortSlice;
   module.attr("LONG_SLICE") = kLongSlice;
   module.attr("GROUP_MULTIPLE") = kNibbleBlock;
   module.attr("SCALE_BLOCK") = kScaleBlock;

@@ -108,15 +108,15 @@ void many_rows(const SparseRowsArgs& args, Isa isa, int row_begin, int rows, int
     places.push_back(next);
     next += panel.vectors * line;
   }
-  const int parts = divide_up(k, kSparseSlice);
+  const int slice = args.weight.slice, parts = divide_up(k, slice);
   thread_local Scratch quantized;
   const QuantizedRows q =
       args.scale == nullptr ? QuantizedRows{} : quantize(args, isa, row_begin, rows, threads, quantized);
   parallel_for(int(panels.size()) * parts, threads, [&](int i) {
     const Panel& panel = panels[i / parts];
-    const int begin = i % parts * kSparseSlice;
+    const int begin = i % parts * slice;
     select_turn_rows(isa)({form, row_of(args, row_begin + panel.row0), args.dtype, args.x_stride, of_panel(q, panel),
-                           panel.rows, panel.vectors, begin, std::min(begin + kSparseSlice, k), places[i / parts]});
+                           panel.rows, panel.vectors, begin, std::min(begin + slice, k), places[i / parts]});
   });
   parallel_for(int(panels.size()) * blocks, threads, [&](int i) {
     thread_local Scratch sums;
@@ -252,7 +252,7 @@ void pack_sparse_rows(const void* values, const uint8_t* bitmask, int n, int k, 
   const auto* const integers = static_cast<const int8_t*>(values);
   std::memset(row, 0, size_t(layout.value - layout.row));
   const int mask_bytes = divide_up(k, 8), group = group_columns(isa_in_use()), together = rows_per_item(form);
-  static_assert(kSparseSlice % 8 == 0 && kSparseRows % 2 == 0);
+  static_assert(kShortSlice % 8 == 0 && kSparseSlice % 8 == 0 && kSparseRows % 2 == 0);
 
   // Of each row of W: where its nonzeros of the slice at hand begin among the values.
   std::vector<int64_t> next(n);

@@ -3,8 +3,8 @@
 // W is stored as streams of its nonzeros: for each block of 256 rows and each slice of columns, row after row. Rows
 // of as many nonzeros follow each other within a block of a slice: where a loop ends is then foreseen. X is turned so
 // that one column of it lies in vectors, and a nonzero is a broadcast and a few multiply-adds, at any sparsity; a slice
-// of 256 columns of turned X stays close to the core while a block passes by. For a single row of X, which all of it
-// fits there, slices are as long as a place can say.
+// of 128 or 256 columns of turned X stays close to the core while a block passes by. For a single row of X, which all
+// of it fits there, slices are as long as a place can say.
 //
 //   begin  int64  [blocks][slices] and one more   where the block of the slice begins in the stream
 //   row    uint8  [blocks][slices][256]           of the block, in the order of the stream; past n there are none
@@ -36,6 +36,7 @@
 namespace lepton {
 
 constexpr int kSparseRows = 256, kSparseSlice = 256;
+constexpr int kShortSlice = 128;     // of floats that four vectors of 16 rows of X meet: 32 KiB of turned X
 constexpr int kLongSlice = 1 << 15;  // of weights for a single row of X
 constexpr int kSparseAhead = 1024;   // bytes that are fetched ahead, and may lie past the end
 
@@ -50,6 +51,8 @@ constexpr bool is_float(SparseForm form) { return form == SparseForm::floats || 
 // Columns of a group: as many weights as the level's int8 products multiply at once.
 constexpr int group_columns(Isa isa) { return isa <= Isa::avx2 ? 2 : 4; }
 
+constexpr bool has_wide_registers(Isa isa) { return isa >= Isa::avx512vnni && isa <= Isa::amx; }
+
 // Bytes of turned X for a row and an item.
 constexpr int turned_bytes(SparseForm form) { return form == SparseForm::pairs ? 2 : 4; }
 // Columns of X that lie together in turned X.
@@ -59,7 +62,7 @@ constexpr int turned_columns(SparseForm form, Isa isa) { return form == SparseFo
 struct SparseRows {
   int n, k;
   SparseForm form;
-  int slice;  // kSparseSlice or kLongSlice
+  int slice;  // kSparseSlice, kShortSlice or kLongSlice
   const int64_t* begin;
   const uint8_t* row;
   const uint16_t* count;
@@ -143,7 +146,7 @@ struct SparseRowsTile {
 };
 
 // Columns [k_begin, k_end) of some rows of X, at most 16 * vectors, to `turned`; rows past them are 0. k_begin is a
-// multiple of kSparseSlice.
+// multiple of kShortSlice.
 struct TurnArgs {
   SparseForm form;
   const void* x;  // floats
@@ -170,9 +173,9 @@ struct SparseVectors {
   int least, most;
 
   constexpr SparseVectors(Isa isa, SparseForm form) {
-    const bool wide = isa >= Isa::avx512vnni && isa <= Isa::amx;
+    const bool wide = has_wide_registers(isa);
     least = form == SparseForm::pairs && wide ? 2 : 1;  // a register of int16 holds 32 rows
-    most = wide || (!is_float(form) && isa == Isa::avxvnni) ? 4 : 2;
+    most = wide && form == SparseForm::groups ? 8 : wide || (!is_float(form) && isa == Isa::avxvnni) ? 4 : 2;
   }
 };
 

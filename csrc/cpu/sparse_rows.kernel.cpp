@@ -17,10 +17,11 @@ constexpr int kSums = 2;  // 8 of 16 registers
 constexpr int kSums = kDirectSums;
 #endif
 
-// Sums of the same that are added up at the end. Integers are added in a cycle, but for the instructions that multiply
-// bytes and add; those of pairs wait for what interleaves the columns.
+// Sums of the same that are added up at the end. Without 512-bit registers integers are added in a cycle, but for the
+// instructions that multiply bytes and add; those of pairs wait for what interleaves the columns.
 template <SparseForm form, int vectors>
 constexpr int kChains = form == SparseForm::floats ? kSums / vectors
+                        : has_wide_registers(kIsa) ? kDirectSums / (vectors < 2 ? 2 : vectors)
                         : form == SparseForm::groups && group_columns(kIsa) == 4 && vectors <= kDirectSums / 2 ? 2
                                                                                                                : 1;
 
@@ -36,6 +37,7 @@ LEPTON_INLINE float multiply_add(float a, float b, float c) {
 // sum[vectors] += what add_one(i, sums) adds for every item, `chains` of them in sums of their own.
 template <int chains, int vectors, typename Vector, typename AddOne>
 LEPTON_INLINE void add_items(Vector (&sum)[vectors], int count, const AddOne& add_one) {
+  static_assert(chains == 1 || chains == 2 || chains == 4 || chains == 8);
   Vector more[chains][vectors];
   unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE {
     more[0][v] = sum[v];
@@ -44,8 +46,14 @@ LEPTON_INLINE void add_items(Vector (&sum)[vectors], int count, const AddOne& ad
   int i = 0;
   for (; i + chains <= count; i += chains)
     unroll<chains>([&]<int c>() LEPTON_LAMBDA_INLINE { add_one(i + c, more[c]); });
-  if constexpr (chains > 1)
-    for (; i < count; ++i) add_one(i, more[0]);
+  const auto add_rest = [&]<int rest>() LEPTON_LAMBDA_INLINE {
+    if ((count & rest) == 0) return;
+    unroll<rest>([&]<int c>() LEPTON_LAMBDA_INLINE { add_one(i + c, more[c]); });
+    i += rest;
+  };
+  if constexpr (chains > 4) add_rest.template operator()<4>();
+  if constexpr (chains > 2) add_rest.template operator()<2>();
+  if constexpr (chains > 1) add_rest.template operator()<1>();
   unroll<vectors>([&]<int v>() LEPTON_LAMBDA_INLINE {
     unroll<chains - 1>([&]<int c>() LEPTON_LAMBDA_INLINE { more[0][v] = add(more[0][v], more[c + 1][v]); });
     sum[v] = more[0][v];
@@ -119,17 +127,18 @@ void write_output(const SparseRowsTile& tile) {
   // The bytes that groups meet are q, or q - 128.
   constexpr bool kShifted = form == SparseForm::groups && group_columns(kIsa) == 4;
   const int rows = tile.weight.rows_of(tile.block);
-  for (int column = 0; column < rows; column += kPanel) {
-    const int panel = (tile.block * kSparseRows + column) / kPanel, n0 = panel * kPanel, count = tile.weight.n - n0;
-    const F32x16 bias = load_bias(tile.out, panel);
-    F32x16 scale = broadcast_f32(1);
-    I32x16 weight_sum = broadcast_i32(0);
-    if constexpr (!is_float(form)) scale = load_partial<Dtype::f32>(tile.scale + n0, count);
-    if constexpr (kShifted) weight_sum = as_i32(load_partial<Dtype::f32>(tile.weight.sum + n0, count));
-    for (int row0 = 0; row0 < tile.out.rows; row0 += kLanes) {
+  // Row after row, of Y: its lines follow each other, and 16 rows are as many pages.
+  for (int row0 = 0; row0 < tile.out.rows; row0 += kLanes) {
+    const int end = tile.out.rows - row0 < kLanes ? tile.out.rows : row0 + kLanes;
+    for (int column = 0; column < rows; column += kPanel) {
+      const int panel = (tile.block * kSparseRows + column) / kPanel, n0 = panel * kPanel, count = tile.weight.n - n0;
+      const F32x16 bias = load_bias(tile.out, panel);
+      F32x16 scale = broadcast_f32(1);
+      I32x16 weight_sum = broadcast_i32(0);
+      if constexpr (!is_float(form)) scale = load_partial<Dtype::f32>(tile.scale + n0, count);
+      if constexpr (kShifted) weight_sum = as_i32(load_partial<Dtype::f32>(tile.weight.sum + n0, count));
       alignas(64) float lines[kLanes][kPanel];
       transpose_16x16(static_cast<const float*>(tile.sums) + column * kWidth + row0, kWidth, lines[0], kPanel);
-      const int end = tile.out.rows - row0 < kLanes ? tile.out.rows : row0 + kLanes;
       for (int r = row0; r < end; ++r) {
         F32x16 y = load_f32<Dtype::f32>(lines[r - row0]);
         if constexpr (!is_float(form)) {
@@ -148,8 +157,8 @@ void write_output(const SparseRowsTile& tile) {
 
 template <int vectors, SparseForm form>
 void multiply(const SparseRowsTile& tile) {
-  constexpr int kSliceBytes = kSparseSlice / turned_columns(form, kIsa) * turned_bytes(form) * kLanes * vectors;
   const SparseRows& weight = tile.weight;
+  const int slice_bytes = weight.slice / turned_columns(form, kIsa) * turned_bytes(form) * kLanes * vectors;
   const int rows = divide_up(weight.rows_of(tile.block), rows_per_item(form));
   for (int slice = 0; slice < weight.slices(); ++slice) {
     const int64_t cell = weight.cell(tile.block, slice);
@@ -157,7 +166,7 @@ void multiply(const SparseRowsTile& tile) {
     const uint16_t* const counts = weight.count + cell * kSparseRows;
     const char* value = static_cast<const char*>(weight.value) + weight.begin[cell] * value_bytes(form);
     const uint16_t* place = weight.place + weight.begin[cell] * places_of(form);
-    const char* const x = static_cast<const char*>(tile.x) + int64_t(slice) * kSliceBytes;
+    const char* const x = static_cast<const char*>(tile.x) + int64_t(slice) * slice_bytes;
     for (int i = 0; i < rows; ++i) {
       const int count = counts[i];
       char* const sums = static_cast<char*>(tile.sums) + row[i] * (64 * vectors * rows_per_item(form));
@@ -180,6 +189,8 @@ void multiply_form(const SparseRowsTile& tile) {
   if constexpr (kAllowed.least <= 1)
     if (tile.vectors == 1) return multiply<1, form>(tile);
   if (tile.vectors == 2) return multiply<2, form>(tile);
+  if constexpr (kAllowed.most >= 8)
+    if (tile.vectors == 8) return multiply<8, form>(tile);
   if constexpr (kAllowed.most >= 4) return multiply<4, form>(tile);
 }
 

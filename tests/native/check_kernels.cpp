@@ -692,8 +692,10 @@ void check_sparse_floats(Random& rng) {
         }
       }
     };
-    check_stream(SparseForm::floats, kSparseSlice);
-    check_stream(SparseForm::twins, kSparseSlice);
+    for (const int slice : {kSparseSlice, kShortSlice}) {
+      check_stream(SparseForm::floats, slice);
+      check_stream(SparseForm::twins, slice);
+    }
     if (rows == 1) check_stream(SparseForm::floats, kLongSlice);
   }
 }
