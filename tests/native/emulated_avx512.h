@@ -133,6 +133,15 @@ inline void mask_storeu_epi8(void* p, __mmask64 mask, __m512i a) {
     if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = in.at[i];
 }
 
+// Quarters of a, then of b, as two bits each of `order` say.
+template <int order>
+inline __m512 shuffle_f32x4(__m512 a, __m512 b) {
+  using Quarters = Lanes<__m128, 4>;
+  const auto first = bits<Quarters>(a), second = bits<Quarters>(b);
+  return bits<__m512>(
+      Quarters{{first.at[order & 3], first.at[order >> 2 & 3], second.at[order >> 4 & 3], second.at[order >> 6 & 3]}});
+}
+
 }  // namespace emulated
 
 #define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
@@ -151,6 +160,7 @@ inline void mask_storeu_epi8(void* p, __mmask64 mask, __m512i a) {
 #define _mm512_shldi_epi16(a, b, shift) emulated::shldi_epi16<shift>(a, b)
 #undef _mm512_madd_epi16  // SIMDe's takes other arguments
 #define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
+#define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle_f32x4<order>(a, b)
 #define _mm512_reduce_add_epi64(a) emulated::reduce_add_epi64(a)
 #define _mm512_mask_alignr_epi8(src, mask, a, b, shift) emulated::mask_alignr_epi8<shift>(src, mask, a, b)
 #define _mm512_mask_expand_epi8(src, mask, a) emulated::mask_expand_epi8(src, mask, a)
