@@ -313,6 +313,9 @@ void bind_cpu(py::module_& module) {
   module.def("gemm_int8_blocks", &bind_gemm_int8_blocks);
   module.def("count_items", &bind_count_items, "Items of the stream of a bitmask.");
   module.def("group_columns", [] { return group_columns(isa_in_use()); }, "Columns of a group.");
+  module.def(
+      "count_panels", [](int m, int form, int vectors) { return count_panels(m, sparse_form(form), vectors); },
+      "Panels of 16 * vectors rows that a stream cuts m rows into.");
   module.def("sparse_rows_bytes", &sparse_rows_bytes, "Bytes of packed nonzeros.");
   module.def("pack_sparse_rows", &bind_pack_sparse_rows);
   module.def("sparse_rows", &bind_sparse_rows);

@@ -17,6 +17,8 @@ namespace {
 constexpr int kLanes = 16;
 // Rows of X that are turned at a time: what is turned (16 KiB a row with k = 4096) is read again for every block of W.
 constexpr int kMostRows = 512;
+int rows_at_a_time(int m) { return m == 0 ? 0 : round_up(divide_up(m, divide_up(m, kMostRows)), kLanes); }
+
 // Below this many multiplications a second thread costs more than it saves (gemm.cpp); those of a single row of X are
 // not done in vectors, and count for as many as a vector's.
 constexpr int64_t kParallelWork = 1000 * 1000;
@@ -29,11 +31,11 @@ struct Panel {
 std::vector<Panel> panels_of(int rows, SparseVectors allowed) {
   std::vector<Panel> panels;
   for (int row0 = 0; row0 < rows;) {
-    // The fewest vectors that hold the rows, but 48 rows are panels of 32 and 16 rather than one of 64 with a quarter
-    // empty.
+    // The fewest vectors that hold the rows, but, from allowed.whole on, three quarters of as many are two panels
+    // rather than one with a quarter empty.
     const int fewest = int(std::bit_ceil(unsigned(divide_up(rows - row0, kLanes))));
     int vectors = std::clamp(fewest, allowed.least, allowed.most);
-    if (vectors > allowed.least && (rows - row0) <= vectors * kLanes * 3 / 4) vectors /= 2;
+    if (vectors > allowed.whole && (rows - row0) <= vectors * kLanes * 3 / 4) vectors /= 2;
     const int count = std::min(rows - row0, vectors * kLanes);
     panels.push_back({row0, count, vectors});
     row0 += count;
@@ -141,8 +143,16 @@ void sparse_rows(const SparseRowsArgs& args) {
                           : std::max(1, args.threads);
   advise_huge_pages(args.y, int64_t(args.m) * args.weight.n * dtype_bytes(args.dtype));
   if (args.m == 1 && (form == SparseForm::floats || form == SparseForm::pairs)) return one_row(args, isa, threads);
-  const int parts = divide_up(args.m, kMostRows), each = round_up(divide_up(args.m, parts), kLanes);
+  const int each = rows_at_a_time(args.m);
   for (int row = 0; row < args.m; row += each) many_rows(args, isa, row, std::min(each, args.m - row), threads);
+}
+
+int count_panels(int m, SparseForm form, int vectors) {
+  int count = 0;
+  for (int row = 0, each = rows_at_a_time(m); row < m; row += each)
+    for (const Panel& panel : panels_of(std::min(each, m - row), SparseVectors(isa_in_use(), form)))
+      count += panel.vectors == vectors;
+  return count;
 }
 
 int64_t count_ones(const uint8_t* bitmask, int n, int k) {

@@ -134,6 +134,9 @@ struct SparseRowsArgs {
 // Long slices are for one row of X, and for floats and pairs.
 void sparse_rows(const SparseRowsArgs& args);
 
+// How many panels of 16 * vectors rows m rows of X are cut into, at the level in use; vectors: 1, 2, 4 or 8.
+int count_panels(int m, SparseForm form, int vectors);
+
 // A part of a product for the kernels.
 struct SparseRowsTile {
   SparseRows weight;
@@ -171,11 +174,13 @@ struct WidenArgs {
 // as many registers as hide the latency of the sums.
 struct SparseVectors {
   int least, most;
+  int whole;  // that take no longer than half and a quarter of them, one after the other
 
   constexpr SparseVectors(Isa isa, SparseForm form) {
     const bool wide = has_wide_registers(isa);
     least = form == SparseForm::pairs && wide ? 2 : 1;  // a register of int16 holds 32 rows
     most = wide && form == SparseForm::groups ? 8 : wide || (!is_float(form) && isa == Isa::avxvnni) ? 4 : 2;
+    whole = wide ? 4 : least;
   }
 };
 

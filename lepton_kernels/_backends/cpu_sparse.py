@@ -21,22 +21,56 @@ from lepton_kernels._runtime import C
 
 FLOATS, PAIRS, GROUPS, TWINS = range(4)  # SparseForm in csrc/cpu/sparse_rows.h
 
-# Time of a weight in a stream of pairs and of groups over that of a weight of the dense int8 kernel. avx2: measured,
-# 4096 x 4096, 128 rows, on the machine of bench/RESULTS.md. The others: by the instructions that either takes, and the
-# ports that run them.
+_VECTORS = 1, 2, 4, 8  # of 16 rows of X: panels that a stream multiplies at once, full or not
+
+
+class Stream(NamedTuple):
+    """What a stream takes, in time that the dense kernel takes for a row of X among many, for all weights."""
+
+    weight: tuple[
+        float, float, float, float
+    ]  # a row's place in a panel of 1, 2, 4, 8 vectors, if no weight were a zero
+    row: float = 0.05  # a row, whatever the zeros: it is turned, and written
+    panel: float = 0.0  # a panel: its sums come and go, rows of W end
+
+    def cost(self, share: float, form: int, m: int) -> float:
+        """Of m rows of X; share: of the weights, those that are multiplied."""
+        counts = [C.count_panels(m, form, vectors) for vectors in _VECTORS]
+        panels = (
+            count * (self.panel + share * 16 * vectors * weight)
+            for count, vectors, weight in zip(counts, _VECTORS, self.weight, strict=True)
+        )
+        return self.row * m + sum(panels)
+
+
+def _even(weight: float, alone: float = 1.0) -> Stream:
+    return Stream((alone * weight, weight, weight, weight))
+
+
+# Streams of pairs and of groups beside the dense int8 kernel. avx2: measured, 4096 x 4096, 128 rows, on the machine
+# of bench/RESULTS.md. AVX-512: fitted to 4 to 128 rows, 60 to 98 % zeros, 1024 x 2048 to 2048 x 2048, 1 thread, a
+# Sapphire Rapids core; within a tenth of what was measured. The others: by the instructions that either takes, and
+# the ports that run them.
+_PAIRS_512 = Stream((5.0, 5.0, 4.4, 4.4), row=0.12, panel=2.8)
+_GROUPS_512 = Stream((2.3, 1.9, 1.6, 1.5), row=0.05, panel=4.0)
 _PAIR_COST = {
-    "generic": 2.0, "ssse3": 2.0, "avx2": 2.0, "avxvnni": 3.0, "avx512vnni": 4.0, "avx512vbmi2": 3.0, "amx": 30.0,
-    "neondot": 3.0, "neoni8mm": 6.0,
+    "generic": _even(2.0), "ssse3": _even(2.0), "avx2": _even(2.0), "avxvnni": _even(3.0), "avx512vnni": _PAIRS_512,
+    "avx512vbmi2": _PAIRS_512, "amx": _even(30.0), "neondot": _even(3.0), "neoni8mm": _even(6.0),
 }  # fmt: skip
 _GROUP_COST = {
-    "generic": 1.45, "ssse3": 1.45, "avx2": 1.45, "avxvnni": 1.3, "avx512vnni": 1.3, "avx512vbmi2": 1.3, "amx": 10.0,
-    "neondot": 1.3, "neoni8mm": 2.6,
+    "generic": _even(1.45), "ssse3": _even(1.45), "avx2": _even(1.45), "avxvnni": _even(1.3),
+    "avx512vnni": _GROUPS_512, "avx512vbmi2": _GROUPS_512, "amx": _even(10.0), "neondot": _even(1.3),
+    "neoni8mm": _even(2.6),
 }  # fmt: skip
 # Time of a nonzero against one row of X over that of a weight of the dense int8 kernel with one row; measured as above.
 _ROW_COST = {
-    "generic": 4.0, "ssse3": 4.0, "avx2": 12.0, "avxvnni": 12.0, "avx512vnni": 16.0, "avx512vbmi2": 16.0, "amx": 16.0,
+    "generic": 4.0, "ssse3": 4.0, "avx2": 12.0, "avxvnni": 12.0, "avx512vnni": 11.5, "avx512vbmi2": 11.5, "amx": 16.0,
     "neondot": 12.0, "neoni8mm": 12.0,
 }  # fmt: skip
+# What the dense int8 kernel takes for few rows: as long as (more + rows) among many, and at least as so many: then it
+# waits for the weights. Measured as above, 4 MB of weights: 10.5 rows for up to 4, 15 for 8, 20 for 16, 36 for 32.
+_DENSE_LEAST = {"avx512vnni": 10.5, "avx512vbmi2": 10.5}
+_DENSE_MORE = {"avx512vnni": 2.0, "avx512vbmi2": 2.0}
 _NARROW = 31  # kNarrow in csrc/cpu/packed_weight.h: the largest magnitude of weights for which avx2 has another kernel
 # Time of a weight of that kernel, with two rows and more, over that of the dense int8 kernel: measured at level avx2 of
 # a processor with AVX-512, 2048 x 2048, 1 thread, 0.60 with 128 rows and 0.65 with 16. With one row memory decides.
@@ -52,22 +86,24 @@ _WIDE = ("avx512vnni", "avx512vbmi2", "amx")  # levels whose registers hold 16 f
 # 1.27. Where neighbouring rows share their columns the cache holds enough of them: twins took 1.0 to 1.1 times as
 # long.
 _SHORT = 0.15
-_STREAM_START = 0.05  # of the dense kernel's time: activations are turned, sums come and go
+_MANY = 512  # rows of X: more are cut into so many (kMostRows in csrc/cpu/sparse_rows.cpp)
+_ROW_START = 0.05  # of the dense kernel's time: the row is widened, sums are written
 _BLOCK_COST = 1.15  # of a stored block over the dense kernel's: its index, and no panels side by side
-_STREAM_ROWS = 16  # rows of X that a stream multiplies at once; with fewer it takes as long
 # Time of a nonzero in a float stream over that of a weight of the dense w4a16 kernel: of many rows of X, and of one.
 # generic, ssse3, avx2: measured, 4096 x 4096, 128 rows and 1, 1 thread, the processor of the costs above. amx: the
 # dense kernel as measured on a processor that has it (bench/RESULTS.md), a nonzero of 64 rows at the cycles that 32
-# take on avx2. The others: by the instructions that either takes, and the ports that run them.
+# take on avx2. AVX-512: as for int8. The others: by the instructions that either takes, and the ports that run them.
+# Measured on avx2: 16 rows alone take as long as 20 of those that two 16 side by side are.
+_FLOATS_512 = Stream((3.6, 3.0, 2.8, 2.8), row=0.07, panel=1.3)
 _INT4_STREAM_COST = {
-    "generic": 6.4, "ssse3": 6.4, "avx2": 2.4, "avxvnni": 4.0, "avx512vnni": 4.0, "avx512vbmi2": 4.0, "amx": 16.0,
-    "neondot": 3.0, "neoni8mm": 4.5,
+    "generic": _even(6.4, 1.25), "ssse3": _even(6.4, 1.25), "avx2": _even(2.4, 1.25), "avxvnni": _even(4.0, 1.25),
+    "avx512vnni": _FLOATS_512, "avx512vbmi2": _FLOATS_512, "amx": _even(16.0, 1.25), "neondot": _even(3.0, 1.25),
+    "neoni8mm": _even(4.5, 1.25),
 }  # fmt: skip
 _INT4_ROW_COST = {
     "generic": 9.0, "ssse3": 9.0, "avx2": 14.0, "avxvnni": 20.0, "avx512vnni": 25.0, "avx512vbmi2": 25.0, "amx": 25.0,
     "neondot": 16.0, "neoni8mm": 18.0,
 }  # fmt: skip
-_ALONE = 4  # 16 rows alone take as long as 20 of those that two 16 side by side are; measured as above, on avx2
 
 
 class PackedRows(NamedTuple):
@@ -134,24 +170,23 @@ class Int8Weight:
         self.pairs, self.groups = 2 * pairs / weights, groups * C.group_columns() / weights
         self.blocks = steps * C.step_bytes() / weights
         self._forms: dict[str, Any] = {}
-        self._kernels: dict[int, str] = {}  # by rows, up to what streams take at once; beyond it nothing changes
+        self._kernels: dict[int, str] = {}  # by rows
 
     def kernel(self, m: int) -> str:
         """Which kernel is the fastest for m rows: "dense", "blocks", "groups", "pairs" or (m = 1) "row"."""
-        m = min(m, _STREAM_ROWS)
-        known = self._kernels.get(m)
-        if known is not None:
-            return known
-        isa, empty = C.isa(), max(1.0, _STREAM_ROWS / max(m, 1))
-        costs = {
-            "dense": _NARROW_COST.get(isa, 1.0) if self.narrow and m > 1 else 1.0,
-            "blocks": _BLOCK_COST * self.blocks,
-            "groups": _STREAM_START + self.groups * _GROUP_COST[isa] * empty,
-            "pairs": _STREAM_START + self.pairs * _PAIR_COST[isa] * empty,
-        }
-        if m == 1:
-            costs["row"] = _STREAM_START + self.pairs * _ROW_COST[isa]
-        self._kernels[m] = min(costs, key=costs.__getitem__)
+        m = min(m, _MANY)
+        if m not in self._kernels:
+            isa = C.isa()
+            dense = max(_DENSE_LEAST.get(isa, 0.0), m + _DENSE_MORE.get(isa, 0.0))
+            costs = {
+                "dense": dense * (_NARROW_COST.get(isa, 1.0) if self.narrow and m > 1 else 1.0),
+                "blocks": dense * _BLOCK_COST * self.blocks,
+                "groups": _GROUP_COST[isa].cost(self.groups, GROUPS, m),
+                "pairs": _PAIR_COST[isa].cost(self.pairs, PAIRS, m),
+            }
+            if m == 1:
+                costs["row"] = dense * (_ROW_START + self.pairs * _ROW_COST[isa])
+            self._kernels[m] = min(costs, key=costs.__getitem__)
         return self._kernels[m]
 
     def form(self, kernel: str, sources: Sources) -> Any:
@@ -190,16 +225,18 @@ class Int4Weight:
         self.nonzeros, self.items = nonzeros / weights, min(nonzeros, twins / _TWINS) / weights
         self._stream = FloatWeight(n, k, nonzeros, twins)
         self._forms: dict[str, Any] = {}
+        self._kernels: dict[int, str] = {}  # by rows
 
     def kernel(self, m: int) -> str:
         """Which kernel is the fastest for m rows: "dense", "row" (m = 1), "rows" or "twins"."""
-        if m == 1:
-            cost = self.nonzeros * _INT4_ROW_COST[C.isa()]
-        else:
-            vectors = max(1, -(-m // _STREAM_ROWS))
-            rows = vectors * _STREAM_ROWS + vectors % 2 * _ALONE
-            cost = self.items * _INT4_STREAM_COST[C.isa()] * rows / max(m, 1)
-        return self._stream.kernel(m) if _STREAM_START + cost < 1 else "dense"
+        m = min(m, _MANY)
+        if m not in self._kernels:
+            if m == 1:
+                cost = _ROW_START + self.nonzeros * _INT4_ROW_COST[C.isa()]
+            else:
+                cost = _INT4_STREAM_COST[C.isa()].cost(self.items, FLOATS, m)
+            self._kernels[m] = self._stream.kernel(m) if cost < m else "dense"
+        return self._kernels[m]
 
     def form(self, kernel: str, sources: Sources) -> Any:
         """What a kernel reads, made of the saved tensors on first use."""

@@ -110,8 +110,10 @@ def test_the_choice_follows_the_zeros(rng):
     blocks = cpu_sparse.pack(make(256, 256, 0.8, "16x4", rng), 256)
     assert blocks.kernel(64) == blocks.kernel(1) == "blocks"
     assert blocks.blocks == pytest.approx(0.2, abs=0.01)
-    scattered = cpu_sparse.pack(make(256, 256, 0.98, "unstructured", rng), 256)
-    assert scattered.kernel(64) == "pairs"
+    # Against tile registers, only the emptiest weights are worth a stream.
+    sparsity = 0.98 if cpu_sparse.C.isa() == "amx" else 0.95
+    scattered = cpu_sparse.pack(make(256, 256, sparsity, "unstructured", rng), 256)
+    assert scattered.kernel(32) == "pairs"
     grouped = cpu_sparse.pack(make(256, 256, 0.95, "1x4", rng), 256)
     assert grouped.kernel(64) == "groups"
     assert grouped.groups == pytest.approx(0.05, abs=0.01)
