@@ -17,6 +17,8 @@ namespace {
 constexpr int kLanes = 16;
 // Rows of X that are turned at a time: what is turned (16 KiB a row with k = 4096) is read again for every block of W.
 constexpr int kMostRows = 512;
+
+// Rows of X that are turned at a time, of m.
 int rows_at_a_time(int m) { return m == 0 ? 0 : round_up(divide_up(m, divide_up(m, kMostRows)), kLanes); }
 
 // Below this many multiplications a second thread costs more than it saves (gemm.cpp); those of a single row of X are
@@ -31,11 +33,11 @@ struct Panel {
 std::vector<Panel> panels_of(int rows, SparseVectors allowed) {
   std::vector<Panel> panels;
   for (int row0 = 0; row0 < rows;) {
-    // The fewest vectors that hold the rows, but, from allowed.whole on, three quarters of as many are two panels
-    // rather than one with a quarter empty.
+    // The fewest vectors that hold the rows. Two or four, a part of them empty, take no longer than half of them and
+    // another panel; but 96 rows are panels of 64 and 32 rather than one of 128 with a quarter empty.
     const int fewest = int(std::bit_ceil(unsigned(divide_up(rows - row0, kLanes))));
     int vectors = std::clamp(fewest, allowed.least, allowed.most);
-    if (vectors > allowed.whole && (rows - row0) <= vectors * kLanes * 3 / 4) vectors /= 2;
+    if (vectors == 8 && rows - row0 <= 96) vectors /= 2;
     const int count = std::min(rows - row0, vectors * kLanes);
     panels.push_back({row0, count, vectors});
     row0 += count;

@@ -170,17 +170,15 @@ struct WidenArgs {
   void* out;  // [k], and 15 more
 };
 
-// Vectors of 16 rows of X side by side, a power of two: a slice of them is 32 KiB or less, and what is broadcast serves
-// as many registers as hide the latency of the sums.
+// Vectors of 16 rows of X side by side, a power of two: a slice of them, of four vectors of floats a short one, is 32
+// KiB or less, and what is broadcast serves as many registers as hide the latency of the sums.
 struct SparseVectors {
   int least, most;
-  int whole;  // that take no longer than half and a quarter of them, one after the other
 
   constexpr SparseVectors(Isa isa, SparseForm form) {
     const bool wide = has_wide_registers(isa);
     least = form == SparseForm::pairs && wide ? 2 : 1;  // a register of int16 holds 32 rows
     most = wide && form == SparseForm::groups ? 8 : wide || (!is_float(form) && isa == Isa::avxvnni) ? 4 : 2;
-    whole = wide ? 4 : least;
   }
 };
 

@@ -72,6 +72,12 @@ def test_rows_that_share_columns_are_twins(rng):
         torch.testing.assert_close(*products, rtol=1e-5, atol=1e-4)
 
 
+def test_panels_hold_the_rows():
+    for m, form in itertools.product((0, 1, 16, 17, 33, 64, 96, 97, 128, 513), range(4)):
+        held = sum(16 * vectors * cpu_sparse.C.count_panels(m, form, vectors) for vectors in (1, 2, 4, 8))
+        assert m <= held <= max(2 * m, 32 if m else 0), (m, form, held)
+
+
 def test_many_rows_are_cut(threads, rng):
     check(1100, 140, 300, 0.8, torch.float32, "none", rng)
 
