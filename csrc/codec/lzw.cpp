@@ -277,27 +277,26 @@ uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_
   return writer.finish();
 }
 
-// A string of the dictionary: its first 8 bytes, and where in the text it stands and how long it is.
-struct Entry {
-  static constexpr int kLengthBits = 17;  // each of 2^16 entries may be one byte longer than another
-  uint64_t head, place;
+// A string of the dictionary: where in the text it stands, how long it is, and its first byte, by which those of one
+// byte are known: they stand nowhere. 8 bytes, so that 12 bits of codes take 32 KiB.
+class Entry {
+ public:
+  Entry() = default;
+  static Entry literal(int byte) { return Entry(uint64_t{1} << 8 | static_cast<uint64_t>(byte)); }
+  // This string, as it stands at `at`, and a byte more. At most 2^16 - 256 strings are each a byte longer than another.
+  Entry longer(int64_t at) const { return Entry(((word_ & 0xffffff) + (1 << 8)) | static_cast<uint64_t>(at) << 24); }
+  int64_t at() const { return static_cast<int64_t>(word_ >> 24); }
+  int64_t length() const { return static_cast<int64_t>(word_ >> 8 & 0xffff); }
+  uint8_t first() const { return static_cast<uint8_t>(word_); }
 
-  static Entry of(uint64_t head, int64_t at, int64_t length) {
-    return {head, static_cast<uint64_t>(at) << kLengthBits | static_cast<uint64_t>(length)};
-  }
-  int64_t at() const { return static_cast<int64_t>(place >> kLengthBits); }
-  int64_t length() const { return static_cast<int64_t>(place & ((1u << kLengthBits) - 1)); }
-  uint64_t first() const { return head & 0xff; }
-  // This string, as it stands at `at`, and a byte more.
-  Entry longer(uint64_t byte, int64_t at) const {
-    const int64_t n = length();
-    return of(head | (n < 8 ? byte << 8 * (n & 7) : 0), at, n + 1);
-  }
+ private:
+  explicit Entry(uint64_t word) : word_(word) {}
+  uint64_t word_;
 };
 
-// 16 bytes, all of which are read before one is written: the two places may overlap.
-constexpr int kCopySlack = 16;
-void copy16(uint8_t* to, const uint8_t* from) {
+// 32 bytes, all of which are read before one is written: the two places may overlap.
+constexpr int kCopySlack = 32;
+void copy32(uint8_t* to, const uint8_t* from) {
   uint8_t bytes[kCopySlack];
   std::memcpy(bytes, from, kCopySlack);
   std::memcpy(to, bytes, kCopySlack);
@@ -322,7 +321,7 @@ class Decoder {
   Decoder(const Dialect& dialect, const uint8_t* in, int64_t in_size) : d_(dialect), in_(in), in_size_(in_size) {
     thread_local const std::unique_ptr<Entry[]> entries(new Entry[size_t{1} << kMaxBits]);
     entries_ = entries.get();
-    for (int code = 0; code < literals(); ++code) entries_[code] = Entry::of(static_cast<uint64_t>(code), 0, 1);
+    for (int code = 0; code < literals(); ++code) entries_[code] = Entry::literal(code);
     width_ = width_of(d_, 0);
   }
 
@@ -373,29 +372,29 @@ class Decoder {
     if (grows) count = std::min(count, last() - next());
     uint8_t* const out = text.data;
     const int64_t room = text.room - kCopySlack;
-    const uint32_t clear = static_cast<uint32_t>(d_.clear), end = static_cast<uint32_t>(d_.end);
+    const uint32_t special = static_cast<uint32_t>(d_.clear), specials = (d_.clear >= 0) + (d_.end >= 0);
     uint32_t next_code = static_cast<uint32_t>(std::min(next(), last()));
-    int64_t at = size_, position = position_, previous_at = previous_at_, left = count;
-    Entry previous = previous_;
+    int64_t at = size_, position = position_, left = count;
+    Entry made = made_;
     for (; left > 0; --left) {
       const uint32_t code = code_at(position, false);
-      if (code >= next_code || code == clear || code == end) break;
+      if (code > next_code || code - special < specials) break;
+      if constexpr (grows) entries_[next_code++] = made;
       const Entry string = entries_[code];
       const int64_t n = string.length();
       if (at + n > room) break;
-      store64(out + at, string.head);
-      for (int64_t i = 8; i < n; i += kCopySlack) copy16(out + at + i, out + string.at() + i);
-      if constexpr (grows) entries_[next_code++] = previous.longer(string.first(), previous_at);
-      previous = string;
-      previous_at = at;
+      out[at] = string.first();  // the last byte too of the string just made
+      copy32(out + at, out + string.at());
+      for (int64_t i = kCopySlack; i < n; i += kCopySlack) copy32(out + at + i, out + string.at() + i);
+      out[at] = string.first();
+      made = string.longer(at);
       at += n;
       position += width_;
     }
     k_ += std::max<int64_t>(count, 0) - std::max<int64_t>(left, 0);
     size_ = at;
     position_ = position;
-    previous_at_ = previous_at;
-    previous_ = previous;
+    made_ = made;
   }
 
   Status one_code(Text* text, bool* done) {
@@ -419,16 +418,14 @@ class Decoder {
     if (*done) return Status::ok;
     if (code >= literals() && (k_ == 0 || code < d_.first_free || code > std::min(next(), last() - 1)))
       return Status::bad_code;
-    if (k_ > 0 && next() < last())
-      entries_[next()] = previous_.longer((code == next() ? previous_ : entries_[code]).first(), previous_at_);
+    if (k_ > 0 && next() < last()) entries_[next()] = made_;
     const Entry string = entries_[code];
     const int64_t n = string.length();
     if (!text->make_room(size_ + n)) return Status::too_long;
     uint8_t* const to = text->data + size_;
-    for (int64_t i = 0; i < n; ++i)
-      to[i] = i < 8 ? static_cast<uint8_t>(string.head >> 8 * i) : text->data[string.at() + i];
-    previous_ = string;
-    previous_at_ = size_;
+    to[0] = string.first();
+    for (int64_t i = 1; i < n; ++i) to[i] = text->data[string.at() + i];
+    made_ = string.longer(size_);
     size_ += n;
     ++k_;
     return Status::ok;
@@ -437,9 +434,9 @@ class Decoder {
   const Dialect& d_;
   const uint8_t* in_;
   int64_t in_size_, position_ = 0, group_begin_ = 0;  // positions in bits
-  int64_t size_ = 0, k_ = 0, previous_at_ = 0;
+  int64_t size_ = 0, k_ = 0;
   int width_;
-  Entry previous_{};
+  Entry made_{};  // the string that the next code makes: that of the code before and the next one's first byte
   Entry* entries_;
 };
 
@@ -478,6 +475,7 @@ Status unwrap(const uint8_t* in, int64_t size, LzwVariant variant, std::vector<u
     if (in[0] < 2 || in[0] > 8) return Status::bad_header;
     *d = dialect_of(variant, in[0]);
     int64_t at = 1;
+    storage->reserve(static_cast<size_t>(size));
     for (;;) {
       if (at >= size) return Status::truncated;
       const int64_t n = in[at++];
