@@ -13,6 +13,7 @@ namespace lepton {
 namespace {
 
 constexpr int kMaxBits = 16;
+constexpr int kImageBits = 12;   // GIF's and TIFF's
 constexpr int kLeptonBits = 14;  // 16 K entries: positions and lengths stay in the second-level cache
 
 struct Dialect {
@@ -33,10 +34,19 @@ Dialect dialect_of(LzwVariant variant, int bits = 0) {
     case LzwVariant::compress:
       return {.clear = 256, .first_free = 257, .max_bits = bits, .limit = 1 << bits, .groups = true};
     case LzwVariant::gif:
-      return {.clear = 1 << bits, .end = (1 << bits) + 1, .first_free = (1 << bits) + 2, .max_bits = 12, .limit = 4094};
+      return {.clear = 1 << bits,
+              .end = (1 << bits) + 1,
+              .first_free = (1 << bits) + 2,
+              .max_bits = kImageBits,
+              .limit = 4094};
     case LzwVariant::tiff:
-      return {
-          .clear = 256, .end = 257, .first_free = 258, .early = 1, .max_bits = 12, .limit = 4094, .high_first = true};
+      return {.clear = 256,
+              .end = 257,
+              .first_free = 258,
+              .early = 1,
+              .max_bits = kImageBits,
+              .limit = 4094,
+              .high_first = true};
   }
   return {};
 }
@@ -136,20 +146,20 @@ class CodeWriter {
 // there before. The decoder knows the lost string still, we then write a shorter one in its place; but there is no
 // chain to follow. Strings of up to kShort bytes are found by their bytes, so that several lengths are looked up at
 // once and not one after the other; longer ones by the code of all but their last byte.
+template <int max_bits>
 class Strings {
  public:
-  explicit Strings(int max_bits) : index_bits_(max_bits + 1) {
+  Strings() {
     thread_local std::vector<uint64_t> slots[2];  // threads keep them: they are as large as a chunk
-    for (auto& table : slots)
-      if (table.size() < size_t{1} << index_bits_) table.resize(size_t{1} << index_bits_);
+    for (auto& table : slots) table.resize(kSlots);
     short_ = slots[0].data();
     long_ = slots[1].data();
     clear();
   }
 
   void clear() {
-    std::fill_n(short_, size_t{1} << index_bits_, uint64_t{0});
-    std::fill_n(long_, size_t{1} << index_bits_, uint64_t{0});
+    std::fill_n(short_, kSlots, uint64_t{0});
+    std::fill_n(long_, kSlots, uint64_t{0});
   }
 
   // Cuts text[size] from *at on into known strings, at most `most` of them, and writes their codes. If `learns`, each
@@ -172,6 +182,8 @@ class Strings {
 
  private:
   static constexpr int kShort = 7;
+  static constexpr int kIndexBits = max_bits + 1;
+  static constexpr size_t kSlots = size_t{1} << kIndexBits;
   // An odd factor maps 64 bits one to one: the place of a slot and the rest of the hash in it are the key. The code
   // fills the bits that this leaves; it is not 0.
   static constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;
@@ -205,7 +217,7 @@ class Strings {
       const bool is_short = match.length < kShort;
       const uint64_t hash =
           is_short ? short_hash(word, match.length + 1) : long_hash(match.code, text[*at + match.length]);
-      (is_short ? short_ : long_)[hash >> (64 - index_bits_)] = hash << index_bits_ | made;
+      (is_short ? short_ : long_)[hash >> (64 - kIndexBits)] = hash << kIndexBits | made;
     }
     *at += static_cast<int64_t>(match.length);
     return static_cast<uint16_t>(match.code);
@@ -225,16 +237,15 @@ class Strings {
 
   // The code that a slot holds for a hash; if it holds another, something that is none.
   uint64_t code_in(const uint64_t* slots, uint64_t hash) const {
-    return slots[hash >> (64 - index_bits_)] ^ hash << index_bits_;
+    return slots[hash >> (64 - kIndexBits)] ^ hash << kIndexBits;
   }
-  bool is_code(uint64_t found) const { return found - 1 < (uint64_t{1} << index_bits_) - 1; }
+  bool is_code(uint64_t found) const { return found - 1 < kSlots - 1; }
 
   void try_short(uint64_t word, uint64_t length, Match* match) const {
     const uint64_t found = code_in(short_, short_hash(word, length));
     if (is_code(found)) *match = {found, length};
   }
 
-  int index_bits_;
   uint64_t *short_, *long_;  // the rest of a hash, then a code
 };
 
@@ -242,9 +253,11 @@ class Strings {
 constexpr int64_t kCheckInterval = 10000;
 constexpr int64_t kCodesAtOnce = 1 << 14, kCodesToCheck = 1 << 9;
 
+// max_bits: the dialect's.
+template <int max_bits>
 uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_t* dst) {
   CodeWriter writer(d, dst);
-  Strings strings(d.max_bits);
+  Strings<max_bits> strings;
   std::array<uint16_t, kCodesAtOnce> codes;
   const auto clear = [&] {
     writer.put(d.clear);
@@ -258,14 +271,15 @@ uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_
   for (int64_t at = 0; at < size;) {
     if (next < d.limit) {
       const int64_t most = std::min<int64_t>(kCodesAtOnce, d.limit - next);
-      const int64_t n = strings.parse<true>(src, size, &at, most, next, codes.data());
+      const int64_t n = strings.template parse<true>(src, size, &at, most, next, codes.data());
       writer.put(codes.data(), n);
       next += static_cast<int>(n);
       if (next == d.limit && d.end >= 0) next = clear();
       continue;
     }
     const bool checks = d.clear >= 0;
-    const int64_t n = strings.parse<false>(src, size, &at, checks ? kCodesToCheck : kCodesAtOnce, next, codes.data());
+    const int64_t n =
+        strings.template parse<false>(src, size, &at, checks ? kCodesToCheck : kCodesAtOnce, next, codes.data());
     writer.put(codes.data(), n);
     if (!checks || at < check_at) continue;
     check_at = at + kCheckInterval;
@@ -505,12 +519,12 @@ int64_t lzw_encode(const uint8_t* src, int64_t size, LzwVariant variant, uint8_t
     dst[0] = kCompressMagic[0];
     dst[1] = kCompressMagic[1];
     dst[2] = kCompressBlockMode | kMaxBits;
-    return encode_codes(src, size, dialect_of(variant, kMaxBits), dst + 3) - dst;
+    return encode_codes<kMaxBits>(src, size, dialect_of(variant, kMaxBits), dst + 3) - dst;
   }
   if (variant == LzwVariant::gif) {
     std::vector<uint8_t> codes(static_cast<size_t>(lzw_bound(size, variant)));
     const Dialect d = dialect_of(variant, 8);
-    const int64_t n = encode_codes(src, size, d, codes.data()) - codes.data();
+    const int64_t n = encode_codes<kImageBits>(src, size, d, codes.data()) - codes.data();
     uint8_t* out = dst;
     *out++ = 8;
     for (int64_t at = 0; at < n; at += kSubBlock) {
@@ -522,7 +536,8 @@ int64_t lzw_encode(const uint8_t* src, int64_t size, LzwVariant variant, uint8_t
     *out++ = 0;
     return out - dst;
   }
-  return encode_codes(src, size, dialect_of(variant, kLeptonBits), dst) - dst;
+  if (variant == LzwVariant::tiff) return encode_codes<kImageBits>(src, size, dialect_of(variant), dst) - dst;
+  return encode_codes<kLeptonBits>(src, size, dialect_of(variant, kLeptonBits), dst) - dst;
 }
 
 Status lzw_decode(const uint8_t* stream, int64_t stream_size, LzwVariant variant, const LzwGrow& grow, int64_t* size) {
