@@ -295,6 +295,7 @@ uint8_t* encode_codes(const uint8_t* src, int64_t size, const Dialect& d, uint8_
 // byte are known: they stand nowhere. 8 bytes, so that 12 bits of codes take 32 KiB.
 class Entry {
  public:
+  static constexpr int64_t kMostText = int64_t{1} << 40;
   Entry() = default;
   static Entry literal(int byte) { return Entry(uint64_t{1} << 8 | static_cast<uint64_t>(byte)); }
   // This string, as it stands at `at`, and a byte more. At most 2^16 - 256 strings are each a byte longer than another.
@@ -308,9 +309,9 @@ class Entry {
   uint64_t word_;
 };
 
-// 32 bytes, all of which are read before one is written: the two places may overlap.
-constexpr int kCopySlack = 32;
-void copy32(uint8_t* to, const uint8_t* from) {
+// 16 bytes, all of which are read before one is written: the two places may overlap.
+constexpr int kCopySlack = 16;
+void copy16(uint8_t* to, const uint8_t* from) {
   uint8_t bytes[kCopySlack];
   std::memcpy(bytes, from, kCopySlack);
   std::memcpy(to, bytes, kCopySlack);
@@ -323,7 +324,10 @@ struct Text {
   const LzwGrow* grow;
 
   bool make_room(int64_t size) {
-    if (size > room && grow != nullptr) data = (*grow)(size, &room);
+    if (size > room && grow != nullptr) {
+      data = (*grow)(size, &room);
+      room = std::min(room, Entry::kMostText);
+    }
     return size <= room && data != nullptr;
   }
 };
@@ -369,14 +373,10 @@ class Decoder {
     group_begin_ = position_;
   }
 
-  // Reads 8 bytes from where the code begins, or what there is.
-  uint32_t code_at(int64_t position, bool near_end) const {
-    const uint8_t* const p = in_ + (position >> 3);
-    const int skip = static_cast<int>(position & 7);
-    uint64_t word = 0;
-    std::memcpy(&word, p, near_end ? static_cast<size_t>(std::min<int64_t>(in_ + in_size_ - p, 8)) : 8);
-    if constexpr (high_first) return static_cast<uint32_t>(__builtin_bswap64(word) << skip >> (64 - width_));
-    return static_cast<uint32_t>(word >> skip) & ((1u << width_) - 1);
+  // The code that begins at bit `skip` of a stream's next 8 bytes.
+  static uint32_t code_of(uint64_t word, int skip, int width) {
+    if constexpr (high_first) return static_cast<uint32_t>(__builtin_bswap64(word) << skip >> (64 - width));
+    return static_cast<uint32_t>(word >> skip) & ((1u << width) - 1);
   }
 
   // As many codes as have the current width, lie well inside the stream and the text, and are strings of before.
@@ -384,6 +384,10 @@ class Decoder {
   void ordinary_codes(const Text& text) {
     int64_t count = std::min(codes_as_wide(d_, k_), (8 * (in_size_ - 7) - position_) / width_);
     if (grows) count = std::min(count, last() - next());
+    // Members are read once: what is stored to the text could be one of them, as far as a compiler knows.
+    Entry* const entries = entries_;
+    const uint8_t* const in = in_;
+    const int width = width_;
     uint8_t* const out = text.data;
     const int64_t room = text.room - kCopySlack;
     const uint32_t special = static_cast<uint32_t>(d_.clear), specials = (d_.clear >= 0) + (d_.end >= 0);
@@ -391,19 +395,21 @@ class Decoder {
     int64_t at = size_, position = position_, left = count;
     Entry made = made_;
     for (; left > 0; --left) {
-      const uint32_t code = code_at(position, false);
+      uint64_t word;
+      std::memcpy(&word, in + (position >> 3), 8);
+      const uint32_t code = code_of(word, static_cast<int>(position & 7), width);
       if (code > next_code || code - special < specials) break;
-      if constexpr (grows) entries_[next_code++] = made;
-      const Entry string = entries_[code];
+      if constexpr (grows) entries[next_code++] = made;
+      const Entry string = entries[code];
       const int64_t n = string.length();
       if (at + n > room) break;
       out[at] = string.first();  // the last byte too of the string just made
-      copy32(out + at, out + string.at());
-      for (int64_t i = kCopySlack; i < n; i += kCopySlack) copy32(out + at + i, out + string.at() + i);
+      copy16(out + at, out + string.at());
+      for (int64_t i = kCopySlack; i < n; i += kCopySlack) copy16(out + at + i, out + string.at() + i);
       out[at] = string.first();
       made = string.longer(at);
       at += n;
-      position += width_;
+      position += width;
     }
     k_ += std::max<int64_t>(count, 0) - std::max<int64_t>(left, 0);
     size_ = at;
@@ -420,7 +426,10 @@ class Decoder {
       *done = d_.clear >= 0 && d_.end < 0;
       return *done ? Status::ok : Status::truncated;
     }
-    const auto code = static_cast<int>(code_at(position_, true));
+    const uint8_t* const from = in_ + (position_ >> 3);
+    uint64_t word = 0;  // what there is of 8 bytes
+    std::memcpy(&word, from, static_cast<size_t>(std::min<int64_t>(in_ + in_size_ - from, 8)));
+    const auto code = static_cast<int>(code_of(word, static_cast<int>(position_ & 7), width));
     position_ += width;
     if (code == d_.clear) {
       end_group();

@@ -1,7 +1,7 @@
 // lzw.h - LZW (Welch 1984) with growing code width, in the dialects of the world's files.
 //
 // Entries of the dictionary are substrings of the text already seen, so a decoder keeps a position, a length and the
-// first bytes of each and copies. In every dialect code k (counted from 0 after a clear) is as wide as the largest code
+// first byte of each and copies. In every dialect code k (counted from 0 after a clear) is as wide as the largest code
 // that could stand there, first_free - 1 + k, needs (TIFF: the one after that), up to max_bits:
 //
 //   lepton    lowest bit first, no clear and no end code, full dictionary kept; one chunk of a frame
