@@ -369,6 +369,60 @@ def bench(
     console.print(table)
 
 
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="A model file that lepton compress wrote.", exists=True, dir_okay=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder: requests may be texts.", exists=True, file_okay=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The architecture, where the file does not hold it: 'package.module:name'.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: on all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any that is free.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that answer, on cores of their own.")] = 1,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="A request's body to warm up with, where none can be made.", exists=True)
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes that a request may have.")] = 1 << 20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 503.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered 504.")] = 30.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a model file over HTTP: POST /infer, a live page at /, Prometheus at /metrics."""
+    with _errors():
+        try:
+            from lepton_ai.serving.engine import Engine, ReplicaError
+            from lepton_ai.serving.http import run
+        except ImportError as error:
+            raise ImportError(f"serve needs {error.name}: pip install 'lepton-kernels[serve]'") from error
+        import asyncio
+
+        from lepton_ai.resources import ResourceManager
+        from lepton_ai.serving.replica import ReplicaSpec
+
+        placement = ResourceManager(replicas, replicas).place(file.stat().st_size)
+        spec = ReplicaSpec(
+            str(file.resolve()), model, str(tokenizer) if tokenizer else None,
+            warm_up.read_text() if warm_up else None,
+        )  # fmt: skip
+
+        async def serving() -> None:
+            engine = Engine(
+                spec, replicas, cores=placement.cores, max_waiting=max_waiting, timeout=timeout
+            )  # fmt: skip
+
+            def announce(bound: int) -> None:
+                typer.echo(f"{file} at http://{host}:{bound}: {replicas} replicas, {placement.threads} threads each")
+
+            await run(engine, host, port, grace, announce, max_body=max_body)
+
+        try:
+            asyncio.run(serving())
+        except ReplicaError as error:
+            raise ValueError(str(error)) from error
+
+
 def main() -> None:
     """Runs the command line."""
     app(prog_name="lepton")
