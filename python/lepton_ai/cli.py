@@ -423,6 +423,53 @@ def serve(
             raise ValueError(str(error)) from error
 
 
+@app.command()
+def chaos(
+    file: Annotated[Path, typer.Argument(help="A model file that lepton compress wrote.", exists=True, dir_okay=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder: requests are texts.", exists=True, file_okay=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The architecture, as in serve.")] = None,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="The request's body that is sent, where it is not of texts.", exists=True)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long, 5 to 3600.")] = 60.0,
+    clients: Annotated[int, typer.Option(help="Clients that each wait for their answer.")] = 8,
+    replicas: Annotated[int, typer.Option(help="Processes that answer.")] = 2,
+    kill: Annotated[int, typer.Option(help="Replicas that are killed.")] = 10,
+    freeze: Annotated[int, typer.Option(help="Replicas that are stopped in their tracks.")] = 0,
+    scale: Annotated[int, typer.Option(help="How often a replica is added and taken away.")] = 1,
+    update: Annotated[int, typer.Option(help="How often all replicas are replaced.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the events and their times.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Kill, freeze, scale and update a server of this machine under load; exit code 1 where a request was lost."""
+    import asyncio
+
+    with _errors():
+        try:
+            from lepton_ai.serving import chaos as chaotic
+        except ImportError as error:
+            raise ImportError(f"chaos needs {error.name}: pip install 'lepton-kernels[serve]'") from error
+        from lepton_ai.calibration import SENTENCES
+
+        plan = chaotic.ChaosPlan(seconds, clients, replicas, kill, freeze, scale, update, seed=seed)
+        if (tokenizer is None) == (warm_up is None):
+            raise ValueError("--tokenizer and --warm-up: allowed: one of them, to make requests of")
+        options = [str(file)]
+        for name, value in (("--tokenizer", tokenizer), ("--model", model), ("--warm-up", warm_up)):
+            options += [] if value is None else [name, str(value)]
+        bodies = [warm_up.read_bytes()] if warm_up else chaotic.texts_of(SENTENCES.read_text().splitlines())
+        watch = None if as_json else lambda line: typer.echo(line, err=True)
+        report = asyncio.run(chaotic.chaos(options, bodies, plan, watch))
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+    if not report.fine:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Runs the command line."""
     app(prog_name="lepton")

@@ -106,7 +106,7 @@ class Engine:
         for name, seconds in (("timeout", timeout), ("replica_timeout", replica_timeout)):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"Engine: {name} is {seconds}; allowed: a finite number above 0")
-        self._spec, self._wanted, self._cores = spec, replicas, list(cores)
+        self._spec, self.wanted, self._cores = spec, replicas, list(cores)
         self._max_waiting, self._max_bytes, self._max_batch = max_waiting, max_waiting_bytes, max_batch
         self._timeout, self._replica_timeout, self._max_attempts = timeout, replica_timeout, max_attempts
         self.metrics = Metrics()
@@ -130,7 +130,7 @@ class Engine:
         """Starts the replicas and waits until all are ready. Raises ReplicaError where one can not start."""
         self._fill()
         try:
-            await self._until(lambda: self._start_error is not None or self.ready >= self._wanted)
+            await self._until(lambda: self._start_error is not None or self.ready >= self.wanted)
         finally:
             if self._start_error is not None:
                 await self.close(0.0)
@@ -165,7 +165,7 @@ class Engine:
         """Goes to so many replicas: starts more, or lets the slowest of those that are free finish and go."""
         if replicas < 1:
             raise ValueError(f"scale: replicas is {replicas}; allowed: 1 or more")
-        self._wanted = replicas
+        self.wanted = replicas
         alive = [replica for replica in self.replicas if replica.state in ("starting", "ready")]
         # Those that start go first, then the free ones, then the slow ones.
         order = {"starting": 0, "ready": 1}
@@ -198,7 +198,7 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What the live page shows."""
         return {
-            "ready": self.ready, "wanted": self._wanted, "waiting": len(self._waiting), "accepting": self.accepting,
+            "ready": self.ready, "wanted": self.wanted, "waiting": len(self._waiting), "accepting": self.accepting,
             "replicas": [
                 {"number": replica.number, "state": replica.state, "busy": len(replica.has), "served": replica.served,
                  "ms_a_request": 1e3 * replica.seconds, "pid": replica.process.pid if replica.process else None,
@@ -252,7 +252,7 @@ class Engine:
 
     def _fill(self) -> None:
         """Starts replicas until there are as many as are wanted."""
-        while not self._closing and self._alive() < self._wanted:
+        while not self._closing and self._alive() < self.wanted:
             self._spawn()
 
     def _alive(self) -> int:
@@ -289,9 +289,10 @@ class Engine:
             wanted, replica.state, replica.work = replica.state != "draining", "gone", None
             lost, replica.has = replica.has, []
             self.replicas.remove(replica)
-            if replica.process is not None and replica.process.returncode is None:
-                replica.process.kill()
         self._ask_again(lost)
+        if replica.process is not None and replica.process.returncode is None:
+            replica.process.kill()
+            await replica.process.wait()
         if wanted and not self._closing and self._start_error is None:
             self.metrics.restarts.inc()
             self.metrics.log(f"replica {replica.number} is gone ({died}); another one starts")

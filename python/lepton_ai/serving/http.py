@@ -9,7 +9,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from lepton_ai.serving.service import failure
 
 PAGE = Path(__file__).with_name("page.html")
 TOO_SLOW, TOO_LARGE = 408, 413
+# What is still to come of a body is not read.
+_CLOSE = {"connection": "close"}
+_HEADERS = {UNAVAILABLE: {"retry-after": "1"}, TOO_SLOW: _CLOSE, TOO_LARGE: _CLOSE}
 
 
 class BodyTooLargeError(ValueError):
@@ -52,8 +55,7 @@ def make_app(engine: Engine, *, max_body: int = 1 << 20, body_seconds: float = 1
 
     def answered(status: int, body: bytes, start: float, overhead: float | None = None) -> Response:
         engine.metrics.answer(status, time.perf_counter() - start, overhead)
-        headers = {"retry-after": "1"} if status == UNAVAILABLE else None
-        return Response(body, status, headers, media_type="application/json")
+        return Response(body, status, _HEADERS.get(status), media_type="application/json")
 
     async def infer(request: Request) -> Response:
         start = time.perf_counter()
@@ -62,9 +64,7 @@ def make_app(engine: Engine, *, max_body: int = 1 << 20, body_seconds: float = 1
         except asyncio.TimeoutError:
             return answered(*failure(TOO_SLOW, f"the body took more than {body_seconds:g} s"), start)
         except BodyTooLargeError:
-            response = answered(*failure(TOO_LARGE, f"the body is too large; allowed: {max_body} bytes"), start)
-            response.headers["connection"] = "close"  # what is still to come is not read
-            return response
+            return answered(*failure(TOO_LARGE, f"the body is too large; allowed: {max_body} bytes"), start)
         except ClientDisconnect:
             return answered(*failure(TOO_SLOW, "the client is gone"), start)
         arrived = time.perf_counter()
@@ -169,11 +169,24 @@ async def serving(engine: Engine, host: str, port: int, **limits: Any) -> AsyncI
 async def run(engine: Engine, host: str, port: int, grace: float, announce: Any, **limits: Any) -> None:
     """Starts the engine and serves until SIGTERM or SIGINT; then answers what it has, in at most `grace` seconds.
 
+    SIGHUP replaces the replicas one by one, SIGTTIN adds one and SIGTTOU takes one away, as gunicorn does.
     announce: is called with the port once requests are taken.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    updates: set[asyncio.Task[None]] = set()
+
+    def update() -> None:
+        task = asyncio.create_task(engine.restart_all())
+        updates.add(task)
+        task.add_done_callback(updates.discard)
+
+    handlers: dict[signal.Signals, Callable[[], None]] = {
+        signal.SIGTERM: stop.set, signal.SIGINT: stop.set, signal.SIGHUP: update,
+        signal.SIGTTIN: lambda: engine.scale(engine.wanted + 1),
+        signal.SIGTTOU: lambda: engine.scale(max(1, engine.wanted - 1)),
+    }  # fmt: skip
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     async with serving(engine, host, port, **limits) as bound:
         starting = asyncio.create_task(engine.start())
         waiting = asyncio.create_task(stop.wait())

@@ -52,7 +52,8 @@ class Metrics:
 
     def summary(self) -> dict[str, float]:
         """Of the last requests, in milliseconds, and how many there were in all."""
-        out: dict[str, float] = {"answered": self.answered}
+        restarts = self.registry.get_sample_value("lepton_replica_restarts_total") or 0.0
+        out: dict[str, float] = {"answered": self.answered, "restarts": restarts}
         for name, values in zip(("latency", "overhead"), zip(*self._recent, strict=True), strict=False):
             ordered = sorted(values)
             for percent in (50, 99):
