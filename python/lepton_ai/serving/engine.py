@@ -195,6 +195,10 @@ class Engine:
         if self._lives:
             await asyncio.wait(self._lives)
 
+    def startups(self) -> Sequence[tuple[int, Startup]]:
+        """Of each replica that is there, by number."""
+        return [(replica.number, replica.startup) for replica in self.replicas if replica.startup is not None]
+
     def status(self) -> dict[str, Any]:
         """What the live page shows."""
         return {

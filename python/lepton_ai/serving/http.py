@@ -9,9 +9,9 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,7 +20,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from lepton_ai.serving.engine import UNAVAILABLE, Engine, OverloadedError
+from lepton_ai.serving.engine import UNAVAILABLE, Answer, OverloadedError
+from lepton_ai.serving.metrics import Metrics
+from lepton_ai.serving.replica import Startup
 from lepton_ai.serving.service import failure
 
 PAGE = Path(__file__).with_name("page.html")
@@ -28,6 +30,23 @@ TOO_SLOW, TOO_LARGE = 408, 413
 # What is still to come of a body is not read.
 _CLOSE = {"connection": "close"}
 _HEADERS = {UNAVAILABLE: {"retry-after": "1"}, TOO_SLOW: _CLOSE, TOO_LARGE: _CLOSE}
+
+
+class ServingEngine(Protocol):
+    """What answers requests: lepton_ai.serving.engine.Engine, or ray_engine.RayEngine."""
+
+    metrics: Metrics
+    wanted: int
+
+    @property
+    def accepting(self) -> bool: ...
+    async def start(self) -> None: ...
+    async def infer(self, body: bytes) -> Answer: ...
+    def scale(self, replicas: int) -> None: ...
+    async def restart_all(self) -> None: ...
+    async def close(self, grace: float = 30.0) -> None: ...
+    def startups(self) -> Sequence[tuple[int, Startup]]: ...
+    def status(self) -> dict[str, Any]: ...
 
 
 class BodyTooLargeError(ValueError):
@@ -50,8 +69,8 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def make_app(engine: Engine, *, max_body: int = 1 << 20, body_seconds: float = 10.0) -> Starlette:
-    """The ASGI application over a started engine. max_body: bytes of a request; body_seconds: it may take to arrive."""
+def make_app(engine: ServingEngine, *, max_body: int = 1 << 20, body_seconds: float = 10.0) -> Starlette:
+    """The ASGI application over an engine. max_body: bytes of a request; body_seconds: it may take to arrive."""
 
     def answered(status: int, body: bytes, start: float, overhead: float | None = None) -> Response:
         engine.metrics.answer(status, time.perf_counter() - start, overhead)
@@ -82,8 +101,7 @@ def make_app(engine: Engine, *, max_body: int = 1 << 20, body_seconds: float = 1
         return _json({"ready": engine.accepting}, 200 if engine.accepting else UNAVAILABLE)
 
     async def startup(_: Request) -> Response:
-        done = [replica for replica in engine.replicas if replica.startup is not None]
-        rows = [{"number": r.number, **vars(r.startup), "total": r.startup.total} for r in done if r.startup]
+        rows = [{"number": number, **vars(took), "total": took.total} for number, took in engine.startups()]
         return _json({"replicas": rows}, 200 if rows else UNAVAILABLE)
 
     async def metrics(_: Request) -> Response:
@@ -144,7 +162,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: Engine, host: str, port: int, **limits: Any) -> AsyncIterator[int]:
+async def serving(engine: ServingEngine, host: str, port: int, **limits: Any) -> AsyncIterator[int]:
     """Inside, the engine is reachable at host:port, whose number it gives (of a free one for 0). limits: make_app's.
 
     Raises OSError where the port is taken.
@@ -166,7 +184,7 @@ async def serving(engine: Engine, host: str, port: int, **limits: Any) -> AsyncI
         bound.close()
 
 
-async def run(engine: Engine, host: str, port: int, grace: float, announce: Any, **limits: Any) -> None:
+async def run(engine: ServingEngine, host: str, port: int, grace: float, announce: Any, **limits: Any) -> None:
     """Starts the engine and serves until SIGTERM or SIGINT; then answers what it has, in at most `grace` seconds.
 
     SIGHUP replaces the replicas one by one, SIGTTIN adds one and SIGTTOU takes one away, as gunicorn does.
