@@ -75,6 +75,11 @@ class ResourceManager:
     def __init__(
         self, min_workers: int = 1, max_workers: int | None = None, *, engine: str = "local", max_restarts: int = 3
     ) -> None:
+        if engine == "ray":
+            raise ValueError(
+                "ResourceManager: engine is 'ray', which places replicas and no trainers; allowed: 'local' here, and "
+                "lepton serve --engine ray (lepton_ai.serving.ray_engine.RayEngine) to serve"
+            )
         if engine not in ENGINES:
             raise ValueError(f"ResourceManager: engine is {engine!r}; allowed: {', '.join(ENGINES)}")
         if min_workers < 1:

@@ -14,6 +14,7 @@ from lepton_ai import ResourceManager, resources
     ("arguments", "text"),
     [
         ({"engine": "slurm"}, "engine is 'slurm'; allowed: local"),
+        ({"engine": "ray"}, "engine is 'ray', .*; allowed: 'local' here, and lepton serve --engine ray"),
         ({"min_workers": 0}, "min_workers is 0; allowed: 1 or more"),
         ({"min_workers": 3, "max_workers": 2}, r"max_workers is 2; allowed: None, or min_workers \(3\) or more"),
         ({"max_restarts": -1}, "max_restarts is -1; allowed: 0 or more"),
