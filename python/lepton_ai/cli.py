@@ -388,34 +388,64 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 503.")] = 1024,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered 504.")] = 30.0,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With ray: as the load asks for, between --replicas and so many.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With ray: of the cluster; auto: the one here. Default: one of its own.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With ray: CPUs of a replica. Default: 1, or a share of this machine.")
+    ] = None,
 ) -> None:
     """Serve a model file over HTTP: POST /infer, a live page at /, Prometheus at /metrics."""
     with _errors():
+        if model is not None and ":" in model and (code := Path(model.rpartition(":")[0])).is_file():
+            model = f"{code.resolve()}:{model.rpartition(':')[2]}"  # replicas may be in another folder
+        only_ray = {"--max-replicas": max_replicas, "--address": address, "--threads": threads}
+        if engine not in ("local", "ray"):
+            raise ValueError(f"--engine is {engine!r}; allowed: local, ray")
+        for option, value in only_ray.items():
+            if value is not None and engine == "local":
+                raise ValueError(f"{option} is {value} with --engine local; allowed: with --engine ray")
         try:
             from lepton_ai.serving.engine import Engine, ReplicaError
-            from lepton_ai.serving.http import run
+            from lepton_ai.serving.http import ServingEngine, run
+
+            if engine == "ray":
+                from lepton_ai.serving.ray_engine import RayEngine
         except ImportError as error:
-            raise ImportError(f"serve needs {error.name}: pip install 'lepton-kernels[serve]'") from error
+            extra = "ray" if engine == "ray" else "serve"
+            raise ImportError(f"serve needs {error.name}: pip install 'lepton-kernels[{extra}]'") from error
         import asyncio
 
-        from lepton_ai.resources import ResourceManager
+        from lepton_ai.resources import ResourceManager, usable_cores
         from lepton_ai.serving.replica import ReplicaSpec
 
-        placement = ResourceManager(replicas, replicas).place(file.stat().st_size)
+        size = file.stat().st_size
+        placement = ResourceManager(replicas, replicas).place(size) if engine == "local" else None
+        if placement is not None:
+            threads = placement.threads
+        elif threads is None:
+            threads = 1 if address else max(1, len(usable_cores()) // (max_replicas or replicas))
         spec = ReplicaSpec(
-            str(file.resolve()), model, str(tokenizer) if tokenizer else None,
-            warm_up.read_text() if warm_up else None,
+            str(file.resolve()), model, str(tokenizer.resolve()) if tokenizer else None,
+            warm_up.read_text() if warm_up else None, threads,
         )  # fmt: skip
 
+        def make_engine() -> ServingEngine:
+            if placement is not None:
+                return Engine(spec, replicas, cores=placement.cores, max_waiting=max_waiting, timeout=timeout)
+            return RayEngine(
+                spec, replicas, max_replicas, address=address, memory=size, max_waiting=max_waiting, timeout=timeout
+            )
+
         async def serving() -> None:
-            engine = Engine(
-                spec, replicas, cores=placement.cores, max_waiting=max_waiting, timeout=timeout
-            )  # fmt: skip
-
             def announce(bound: int) -> None:
-                typer.echo(f"{file} at http://{host}:{bound}: {replicas} replicas, {placement.threads} threads each")
+                typer.echo(f"{file} at http://{host}:{bound}: {replicas} replicas, {threads} threads each")
 
-            await run(engine, host, port, grace, announce, max_body=max_body)
+            await run(make_engine(), host, port, grace, announce, max_body=max_body)
 
         try:
             asyncio.run(serving())
@@ -440,6 +470,8 @@ def chaos(
     freeze: Annotated[int, typer.Option(help="Replicas that are stopped in their tracks.")] = 0,
     scale: Annotated[int, typer.Option(help="How often a replica is added and taken away.")] = 1,
     update: Annotated[int, typer.Option(help="How often all replicas are replaced.")] = 1,
+    node: Annotated[int, typer.Option(help="Nodes that die, with --engine ray.")] = 0,
+    engine: Annotated[str, typer.Option(help="local, or ray: a cluster on this machine, made for the run.")] = "local",
     seed: Annotated[int, typer.Option(help="Of the events and their times.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -449,11 +481,17 @@ def chaos(
     with _errors():
         try:
             from lepton_ai.serving import chaos as chaotic
+
+            if engine == "ray":
+                import ray  # noqa: F401 - before a server is started that needs it
         except ImportError as error:
-            raise ImportError(f"chaos needs {error.name}: pip install 'lepton-kernels[serve]'") from error
+            extra = "ray" if engine == "ray" else "serve"
+            raise ImportError(f"chaos needs {error.name}: pip install 'lepton-kernels[{extra}]'") from error
         from lepton_ai.calibration import SENTENCES
 
-        plan = chaotic.ChaosPlan(seconds, clients, replicas, kill, freeze, scale, update, seed=seed)
+        plan = chaotic.ChaosPlan(
+            seconds, clients, replicas, kill, freeze, scale, update, node, seed=seed, engine=engine
+        )
         if (tokenizer is None) == (warm_up is None):
             raise ValueError("--tokenizer and --warm-up: allowed: one of them, to make requests of")
         options = [str(file)]

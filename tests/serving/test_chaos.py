@@ -24,6 +24,11 @@ def test_plans_are_fixed_by_their_seed_and_bounded():
     ):
         with pytest.raises(ValueError, match=f"ChaosPlan: {name} is"):
             ChaosPlan(**{name: value})
+    assert [kind for _, kind in ChaosPlan(kill=0, scale=0, update=0, node=2, engine="ray").events()] == ["node"] * 2
+    with pytest.raises(ValueError, match="node is 2 with engine 'local', which has no nodes; allowed: 0"):
+        ChaosPlan(node=2)
+    with pytest.raises(ValueError, match="engine is 'slurm'; allowed: local, ray"):
+        ChaosPlan(engine="slurm")
 
 
 def test_what_counts_as_wrong_and_as_recovered():

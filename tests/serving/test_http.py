@@ -11,9 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from lepton_ai.cli import app
 from lepton_ai.serving.engine import Engine
 from lepton_ai.serving.http import BoundedProtocol, serving
 from net import body
+from typer.testing import CliRunner
 
 
 async def raw(port: int, data: bytes, *, more: float = 0.0) -> bytes:
@@ -141,3 +143,17 @@ def test_the_command_says_why_it_can_not_serve(spec, tmp_path):
     assert done.returncode == 2
     assert "CorruptDataError" in done.stderr
     assert json.dumps("Traceback") not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--engine", "slurm"], "--engine is 'slurm'; allowed: local, ray"),
+        (["--max-replicas", "3"], "--max-replicas is 3 with --engine local; allowed: with --engine ray"),
+        (["--address", "auto"], "--address is auto with --engine local"),
+        (["--threads", "2"], "--threads is 2 with --engine local"),
+    ],
+)
+def test_options_that_do_not_fit(spec, options, text):
+    result = CliRunner().invoke(app, ["serve", spec.path, *options])
+    assert (result.exit_code, text in result.output) == (2, True)

@@ -2,11 +2,13 @@
 clients saw of it.
 
 The server is `lepton serve` as a process of its own, on the loopback address and a port that the system picks; nothing
-else is ever talked to, and no process but its replicas gets a signal. Events come at times that a seed fixes, one after
+else is ever talked to, and no process but its replicas gets a signal. With Ray the replicas are in a cluster that is
+started here for the run (ray_cluster.py), never in one that is there. Events come at times that a seed fixes, one after
 the other, in the middle part of the run; at the end all is stopped.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -20,20 +22,25 @@ from typing import Any
 
 import httpx
 
-KINDS = ("kill", "freeze", "scale", "update")
+KINDS = ("kill", "freeze", "scale", "update", "node")
+ENGINES = ("local", "ray")
 _REFUSED = 503
 # Relative distance of an answer to the first one to the same request: in another batch floats round otherwise, and then
 # some of the quantized activations. Another request's answer is some 1 away.
 _CLOSE_ENOUGH = 0.1
 _CALM_SHARE = 0.2  # of the run before the first event and after the last one
 _WINDOW = 1.0  # seconds of answers that a p99 is of
+_SPARE_NODES = 1  # beyond one for each replica: a rolling update needs it, and what was on a node that died
+_NODE_PAUSE = 5.0  # seconds from a node's death until another one comes
+_VICTIM_SECONDS = 60.0  # that it may take until there is a replica to kill
 
 
 @dataclass(frozen=True)
 class ChaosPlan:
     """What is done: seconds of load by `clients`, each sending its next request when it has its answer; how many
     replicas are killed (SIGKILL) and frozen (SIGSTOP), how often one is added and taken away, how often all are
-    replaced. slow: seconds from which an answer counts as slow. Raises ValueError for numbers that make no plan.
+    replaced, and, with engine "ray", how many nodes of the cluster die. slow: seconds from which an answer counts as
+    slow. Raises ValueError for numbers that make no plan.
     """
 
     seconds: float = 60.0
@@ -43,8 +50,10 @@ class ChaosPlan:
     freeze: int = 0
     scale: int = 1
     update: int = 1
+    node: int = 0
     slow: float = 5.0
     seed: int = 0
+    engine: str = "local"
 
     def __post_init__(self) -> None:
         if not 5 <= self.seconds <= 3600:
@@ -55,6 +64,10 @@ class ChaosPlan:
         for name in KINDS:
             if not 0 <= getattr(self, name) <= 100:
                 raise ValueError(f"ChaosPlan: {name} is {getattr(self, name)}; allowed: 0 to 100")
+        if self.engine not in ENGINES:
+            raise ValueError(f"ChaosPlan: engine is {self.engine!r}; allowed: {', '.join(ENGINES)}")
+        if self.node and self.engine == "local":
+            raise ValueError(f"ChaosPlan: node is {self.node} with engine 'local', which has no nodes; allowed: 0")
 
     def events(self) -> list[tuple[float, str]]:
         """(seconds from the start, kind), by time."""
@@ -189,17 +202,31 @@ async def _status(url: str) -> dict[str, Any]:
         return dict((await client.get(f"{url}/status")).json())
 
 
-async def _event(kind: str, server: int, url: str, source: random.Random) -> None:
-    if kind == "update":
+async def _signal_a_replica(number: signal.Signals, url: str, source: random.Random) -> None:
+    """As soon as there is one that is ready."""
+    until = time.perf_counter() + _VICTIM_SECONDS
+    while time.perf_counter() < until:
+        ready = [replica["pid"] for replica in (await _status(url))["replicas"] if replica["state"] == "ready"]
+        with contextlib.suppress(IndexError, ProcessLookupError):  # none is, or it has died since
+            os.kill(source.choice(ready), number)
+            return
+        await asyncio.sleep(0.2)
+    raise ValueError(f"chaos: no replica was ready within {_VICTIM_SECONDS:g} s")
+
+
+async def _event(kind: str, server: int, url: str, source: random.Random, cluster: Any) -> None:
+    if kind == "node":
+        await cluster.kill_node()
+        await asyncio.sleep(_NODE_PAUSE)
+        await cluster.add_node()
+    elif kind == "update":
         os.kill(server, signal.SIGHUP)
     elif kind == "scale":
         os.kill(server, signal.SIGTTIN)
         await asyncio.sleep(2)
         os.kill(server, signal.SIGTTOU)
     else:
-        ready = [replica["pid"] for replica in (await _status(url))["replicas"] if replica["state"] == "ready"]
-        if ready:
-            os.kill(source.choice(ready), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        await _signal_a_replica(signal.SIGKILL if kind == "kill" else signal.SIGSTOP, url, source)
 
 
 async def _serve(options: Sequence[str], replicas: int) -> tuple[asyncio.subprocess.Process, str]:
@@ -224,6 +251,22 @@ async def chaos(
 
     watch: is told each event as it comes. Raises ValueError where the server does not start.
     """
+    if plan.engine == "local":
+        return await _chaos(options, bodies, plan, watch, None)
+    from lepton_ai.serving.ray_cluster import LocalCluster
+
+    async with LocalCluster(plan.replicas + _SPARE_NODES, seed=plan.seed) as cluster:
+        ray_options = ("--engine", "ray", "--address", cluster.address)
+        return await _chaos([*options, *ray_options], bodies, plan, watch, cluster)
+
+
+async def _chaos(
+    options: Sequence[str],
+    bodies: Sequence[bytes],
+    plan: ChaosPlan,
+    watch: Callable[[str], None] | None,
+    cluster: Any,
+) -> ChaosReport:
     server, url = await _serve(options, plan.replicas)
     report, source = ChaosReport(plan), random.Random(plan.seed)
     events: list[tuple[float, str]] = []
@@ -236,7 +279,7 @@ async def chaos(
             if watch is not None:
                 watch(f"{time.perf_counter() - start:6.1f} s  {kind}")
             events.append((time.perf_counter(), kind))
-            await _event(kind, server.pid, url, source)
+            await _event(kind, server.pid, url, source, cluster)
         await asyncio.gather(*load)
         status = await _status(url)
     finally:
