@@ -70,7 +70,6 @@ class Load:
 def test_nothing_is_lost_while_replicas_and_nodes_die_and_their_number_changes(spec, compressed, tmp_path):
     async def scenario() -> None:
         async with LocalCluster(nodes=3) as cluster:
-            # target_ongoing is more than the load below makes: what changes is asked for.
             engine = RayEngine(spec, 2, address=cluster.address, start_timeout=SECONDS)
             async with engine:
                 assert (engine.ready, engine.accepting) == (2, True)
@@ -82,8 +81,8 @@ def test_nothing_is_lost_while_replicas_and_nodes_die_and_their_number_changes(s
                     assert engine.status()["restarts"] == 1
 
                     before = pids(engine)
-                    await cluster.kill_node()
-                    await until(lambda: engine.ready == 2)
+                    await cluster.kill_node(engine.status()["replicas"][0]["node"])
+                    await until(lambda: engine.ready == 2 and len(before & pids(engine)) == 1)
                     await cluster.add_node()
 
                     engine.scale(3)

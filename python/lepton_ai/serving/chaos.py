@@ -202,21 +202,22 @@ async def _status(url: str) -> dict[str, Any]:
         return dict((await client.get(f"{url}/status")).json())
 
 
-async def _signal_a_replica(number: signal.Signals, url: str, source: random.Random) -> None:
-    """As soon as there is one that is ready."""
+async def _victim(url: str, source: random.Random, spared: set[int]) -> dict[str, Any]:
+    """A replica that is ready, as soon as there is one; none of `spared`, which had a signal and may be shown yet."""
     until = time.perf_counter() + _VICTIM_SECONDS
     while time.perf_counter() < until:
-        ready = [replica["pid"] for replica in (await _status(url))["replicas"] if replica["state"] == "ready"]
-        with contextlib.suppress(IndexError, ProcessLookupError):  # none is, or it has died since
-            os.kill(source.choice(ready), number)
-            return
+        rows = (await _status(url))["replicas"]
+        if ready := [row for row in rows if row["state"] == "ready" and row["pid"] not in spared]:
+            victim: dict[str, Any] = source.choice(ready)
+            spared.add(victim["pid"])
+            return victim
         await asyncio.sleep(0.2)
     raise ValueError(f"chaos: no replica was ready within {_VICTIM_SECONDS:g} s")
 
 
-async def _event(kind: str, server: int, url: str, source: random.Random, cluster: Any) -> None:
+async def _event(kind: str, server: int, victim: dict[str, Any], cluster: Any) -> None:
     if kind == "node":
-        await cluster.kill_node()
+        await cluster.kill_node(victim["node"])
         await asyncio.sleep(_NODE_PAUSE)
         await cluster.add_node()
     elif kind == "update":
@@ -226,7 +227,8 @@ async def _event(kind: str, server: int, url: str, source: random.Random, cluste
         await asyncio.sleep(2)
         os.kill(server, signal.SIGTTOU)
     else:
-        await _signal_a_replica(signal.SIGKILL if kind == "kill" else signal.SIGSTOP, url, source)
+        with contextlib.suppress(ProcessLookupError):  # it has died since
+            os.kill(victim["pid"], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
 
 async def _serve(options: Sequence[str], replicas: int) -> tuple[asyncio.subprocess.Process, str]:
@@ -255,7 +257,7 @@ async def chaos(
         return await _chaos(options, bodies, plan, watch, None)
     from lepton_ai.serving.ray_cluster import LocalCluster
 
-    async with LocalCluster(plan.replicas + _SPARE_NODES, seed=plan.seed) as cluster:
+    async with LocalCluster(plan.replicas + _SPARE_NODES) as cluster:
         ray_options = ("--engine", "ray", "--address", cluster.address)
         return await _chaos([*options, *ray_options], bodies, plan, watch, cluster)
 
@@ -270,16 +272,18 @@ async def _chaos(
     server, url = await _serve(options, plan.replicas)
     report, source = ChaosReport(plan), random.Random(plan.seed)
     events: list[tuple[float, str]] = []
+    spared: set[int] = set()
     try:
         start = time.perf_counter()
         clients = _Client(url, bodies, report, start + plan.seconds)
         load: list[Awaitable[None]] = [asyncio.create_task(clients.run(i)) for i in range(plan.clients)]
         for at, kind in plan.events():
             await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            victim = await _victim(url, source, spared) if kind in ("kill", "freeze", "node") else {}
             if watch is not None:
                 watch(f"{time.perf_counter() - start:6.1f} s  {kind}")
             events.append((time.perf_counter(), kind))
-            await _event(kind, server.pid, url, source, cluster)
+            await _event(kind, server.pid, victim, cluster)
         await asyncio.gather(*load)
         status = await _status(url)
     finally:

@@ -1,14 +1,13 @@
 """A Ray cluster of several nodes on this machine, to try what happens when one dies.
 
-    python -m lepton_ai.serving.ray_cluster NODES CPUS SEED
+    python -m lepton_ai.serving.ray_cluster NODES CPUS
 
-is the process that has the cluster: it prints the address, does what each line of its input says (kill, add), prints a
-line when it has, and takes the cluster down when its input ends, as it does when who started it is gone.
+is the process that has the cluster: it prints the address, does what each line of its input says (kill NODE, add),
+prints a line when it has, and takes the cluster down when its input ends, as it does when who started it is gone.
 """
 
 import asyncio
 import os
-import random
 import sys
 import tempfile
 from collections.abc import MutableMapping
@@ -28,14 +27,14 @@ class LocalCluster:
     """A head that runs no replicas and `nodes` nodes of `cpus` CPUs each, by Ray's count, not by the processor's.
 
     Use as `async with LocalCluster(...) as cluster`. It is there inside the context only, its files are in a folder of
-    its own, and no other cluster of this machine is found or touched by it. seed: of the choice of nodes to kill.
-    Raises RuntimeError where the cluster does not come up or does not do what it is told.
+    its own, and no other cluster of this machine is found or touched by it. Raises RuntimeError where the cluster does
+    not come up or does not do what it is told.
     """
 
-    def __init__(self, nodes: int, cpus: int = 1, seed: int = 0) -> None:
+    def __init__(self, nodes: int, cpus: int = 1) -> None:
         if nodes < 1 or cpus < 1:
             raise ValueError(f"LocalCluster: nodes is {nodes}, cpus {cpus}; allowed: 1 or more")
-        self._arguments = [str(nodes), str(cpus), str(seed)]
+        self._arguments = [str(nodes), str(cpus)]
         self._process: Any = None
         self.address = ""  # for ray.init and lepton serve --address
 
@@ -59,9 +58,9 @@ class LocalCluster:
             self._process.kill()
             await self._process.wait()
 
-    async def kill_node(self) -> None:
-        """Ends one of the nodes, with all that runs on it; never the head."""
-        await self._do("kill")
+    async def kill_node(self, node: str) -> None:
+        """Ends a node, by Ray's hexadecimal id, with all that runs on it; never the head."""
+        await self._do(f"kill {node}")
 
     async def add_node(self) -> None:
         """Returns once it is part of the cluster."""
@@ -84,27 +83,30 @@ class LocalCluster:
 
 def main() -> None:
     """The process."""
-    nodes, cpus, seed = map(int, sys.argv[1:])
+    nodes, cpus = map(int, sys.argv[1:])
     answers, sys.stdout = sys.stdout, sys.stderr  # Ray may print
     with tempfile.TemporaryDirectory(prefix="lepton-", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
         quiet(os.environ)
-        _run(nodes, cpus, seed, answers)
+        _run(nodes, cpus, answers)
 
 
-def _run(nodes: int, cpus: int, seed: int, answers: TextIO) -> None:
+def _run(nodes: int, cpus: int, answers: TextIO) -> None:
     from ray.cluster_utils import Cluster
 
-    source, node = random.Random(seed), {"num_cpus": cpus, "object_store_memory": _STORE}
+    node = {"num_cpus": cpus, "object_store_memory": _STORE}
     cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0, "include_dashboard": False})
     try:
-        there = [cluster.add_node(**node) for _ in range(nodes)]
+        for _ in range(nodes):
+            cluster.add_node(**node)
         print(cluster.address, file=answers, flush=True)
         for line in sys.stdin:
-            if line.strip() == "kill":
-                cluster.remove_node(there.pop(source.randrange(len(there))), allow_graceful=False)
+            what, *names = line.split()
+            if what == "kill":
+                (victim,) = (each for each in cluster.worker_nodes if [each.node_id] == names)
+                cluster.remove_node(victim, allow_graceful=False)
             else:
-                there.append(cluster.add_node(**node))
+                cluster.add_node(**node)
             print("done", file=answers, flush=True)
     finally:
         cluster.shutdown()

@@ -99,8 +99,9 @@ class _Seen:
     """A replica as the server knows it: state as in engine.Replica; the rest is what its answers said."""
 
     number: int
-    state: str
-    pid: int | None
+    state: str = "starting"
+    pid: int | None = None
+    node: str | None = None  # Ray's id of it
     startup: Startup | None = None
     seconds: float = 0.0
     served: int = 0
@@ -171,6 +172,7 @@ class RayEngine:
         self._watch: asyncio.Task[None] | None = None
         self._changing: asyncio.Task[None] | None = None
         self._to_change = False
+        self._telling = asyncio.Lock()  # one at a time tells Ray what is wanted
         self._connected = False
 
     async def __aenter__(self) -> "RayEngine":
@@ -183,9 +185,10 @@ class RayEngine:
     async def start(self) -> None:
         """Joins or starts the cluster and waits until the replicas are ready. Raises ReplicaError where they fail."""
         try:
-            await asyncio.to_thread(self._connect)
-            _take_back(signal.SIGTERM)
-            await asyncio.to_thread(self._deploy)
+            async with self._telling:
+                await asyncio.to_thread(self._connect)
+                _take_back(signal.SIGTERM)
+                await asyncio.to_thread(self._deploy)
             self._watch = asyncio.create_task(self._look_on())
             await asyncio.wait_for(self._until(lambda: self.ready >= self.wanted or self._failed), self._start_timeout)
             if self._failed:
@@ -196,7 +199,7 @@ class RayEngine:
                 f"{ray.cluster_resources().get('CPU', 0):g} CPUs, a replica takes {self._spec.threads}. {self._trouble}"
             ) from error
         finally:
-            if self.ready < self.wanted:
+            if self.ready < self.wanted and not self._closing:
                 await self.close(0.0)
 
     def _connect(self) -> None:
@@ -229,7 +232,7 @@ class RayEngine:
                 "autoscaling_config": {
                     "min_replicas": self.wanted, "max_replicas": self._most, "initial_replicas": self.wanted,
                     "target_ongoing_requests": self._target, "upscale_delay_s": 2.0, "downscale_delay_s": 8.0,
-                    "look_back_period_s": 4.0,
+                    "look_back_period_s": 4.0, "metrics_interval_s": 1.0,
                 }
             }  # fmt: skip
         deployment = serve.deployment(
@@ -339,7 +342,8 @@ class RayEngine:
         while self._to_change and not self._closing:
             self._to_change = False
             try:
-                await asyncio.to_thread(self._deploy)
+                async with self._telling:
+                    await asyncio.to_thread(self._deploy)
             except (RayError, RayServeException, RuntimeError) as error:
                 self.metrics.log(f"the replicas could not be changed: {error}")
         await self._look()
@@ -351,12 +355,15 @@ class RayEngine:
             await asyncio.wait(self._asked, timeout=grace)
         for task in self._asked:
             task.cancel()
-        own = [task for task in (self._watch, self._changing) if task is not None]
-        for each in own:
-            each.cancel()
-        await asyncio.gather(*own, return_exceptions=True)
-        if ray.is_initialized():
-            await asyncio.to_thread(self._stop)
+        if self._watch is not None:
+            self._watch.cancel()
+        with contextlib.suppress(asyncio.TimeoutError):  # a cluster that is gone does not answer
+            await asyncio.wait_for(self._leave(), 2 * _LEAVE_SECONDS)
+
+    async def _leave(self) -> None:
+        async with self._telling:  # what is being told to Ray now would otherwise come after the end, and stay
+            if ray.is_initialized():
+                await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
         if self._handle is not None and not (self._connected and self._address is None):
@@ -396,7 +403,7 @@ class RayEngine:
         for row in deployment["replicas"]:
             name, state = row["replica_id"], str(getattr(row["state"], "value", row["state"]))
             seen = known.get(name) or self._new()
-            seen.state, seen.pid = _STATES.get(state, state.lower()), row.get("pid")
+            seen.state, seen.pid, seen.node = _STATES.get(state, state.lower()), row.get("pid"), row.get("node_id")
             self._seen[name] = seen
         self._count_dead(before, deployment.get("target_num_replicas", 0))
         self._failed = "DEPLOY_FAILED" in (application["status"], deployment["status"])
@@ -418,7 +425,7 @@ class RayEngine:
 
     def _new(self) -> _Seen:
         self._numbers += 1
-        return _Seen(self._numbers - 1, "starting", None)
+        return _Seen(self._numbers - 1)
 
     def startups(self) -> Sequence[tuple[int, Startup]]:
         """Of each replica that has answered, by number."""
@@ -431,7 +438,7 @@ class RayEngine:
             "trouble": self._trouble,
             "replicas": [
                 {"number": seen.number, "state": seen.state, "busy": None, "served": seen.served,
-                 "ms_a_request": 1e3 * seen.seconds, "pid": seen.pid,
+                 "ms_a_request": 1e3 * seen.seconds, "pid": seen.pid, "node": seen.node,
                  "startup_s": seen.startup.total if seen.startup else None}
                 for seen in self._seen.values()
             ],
