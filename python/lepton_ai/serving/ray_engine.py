@@ -160,6 +160,7 @@ class RayEngine:
         self._max_attempts, self._name = max_attempts, name
         self.metrics = Metrics()
         self._handle: Any = None
+        self._controller: Any = None
         self._closing = False
         self._asked: set[asyncio.Task[Answer]] = set()
         self._asked_bytes = 0
@@ -220,6 +221,8 @@ class RayEngine:
             self._connected = True
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray's own takes no level from above
         serve.start(proxy_location="Disabled", controller_options=_CONTROLLER)
+        # Once: this call waits, and for a minute where the head is gone.
+        self._controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
 
     def _deploy(self) -> None:
         """Tells Ray what is wanted, and does not wait for it."""
@@ -389,12 +392,13 @@ class RayEngine:
     async def _look(self) -> None:
         """Asks Ray's controller what there is; where it does not answer, what was there counts as there."""
         try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-            details = await asyncio.wait_for(controller.get_serve_instance_details.remote(), _LOOK_SECONDS)
-        except (RayError, ValueError, asyncio.TimeoutError) as error:
+            details = await asyncio.wait_for(self._controller.get_serve_instance_details.remote(), _LOOK_SECONDS)
+        except (RayError, asyncio.TimeoutError) as error:
             if not self._trouble:
-                self.metrics.log(f"Ray's controller does not answer ({error}); the replicas are asked as before")
-            self._trouble = f"Ray's controller does not answer: {error}"
+                self.metrics.log(
+                    f"Ray's controller does not answer ({type(error).__name__}); the replicas are asked as before"
+                )
+            self._trouble = f"Ray's controller does not answer: {type(error).__name__}"
             return
         application = details["applications"].get(self._name) or {"status": "", "message": "", "deployments": {}}
         deployment = application["deployments"].get(_DEPLOYMENT) or {"status": "", "message": "", "replicas": []}
