@@ -70,6 +70,12 @@ def test_what_the_machine_has():
     assert resources.peak_memory() > 1 << 20
 
 
+def test_peak_memory_is_that_of_this_process_and_not_of_its_parent(run_python):
+    ballast = torch.ones(2**30, dtype=torch.uint8)
+    child = int(run_python("from lepton_ai.resources import peak_memory\nprint(peak_memory())"))
+    assert child < ballast.nbytes < resources.peak_memory()
+
+
 def entry(folder: Path, what: str) -> tuple[float, int, int]:
     """Each start leaves a file; rank 1 dies or fails as it is told."""
     dist.init_process_group("gloo")
