@@ -508,6 +508,89 @@ def chaos(
         raise typer.Exit(1)
 
 
+@app.command()
+def deploy(
+    file: File,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write NAME.yaml to.", file_okay=False)],
+    image: Annotated[str, typer.Option(help="The image that holds Lepton: a tag other than latest, or a digest.")],
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Write manifests for Kubernetes.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="A RayService for KubeRay instead of a Deployment; this version of Ray is in the image."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of all objects. Default: by FILE's name.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Default: that of whoever applies.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Where FILE is in the image (/...), or in the claim (default: its name).")
+    ] = None,
+    claim: Annotated[str | None, typer.Option(help="The PersistentVolumeClaim that holds FILE.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where each pod fetches FILE: http or https.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its folder as the container sees it; a claim is mounted at /models.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="The fewest pods.")] = 2,
+    max_replicas: Annotated[int, typer.Option(help="The most; as many as --replicas: no autoscaler.")] = 10,
+    cpu_target: Annotated[int, typer.Option(help="Percent of the cores that the autoscaler keeps busy.")] = 70,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="A Prometheus metric of each pod to scale by as well, such as lepton_requests_per_second."),
+    ] = None,
+    metric_target: Annotated[
+        float | None,
+        typer.Option(help="Its average a pod. Default: the requests a second that keep it busy for --cpu-target."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the container; the Service has 80.")] = 8000,
+    grace: Annotated[int, typer.Option(help="Seconds that a leaving pod has to answer what it was asked.")] = 30,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What a replica's process takes at most, such as 800Mi. With --cores nothing is measured."),
+    ] = None,
+    cores: Annotated[int | None, typer.Option(help="Of a replica. Default: all of this machine.")] = None,
+    request_seconds: Annotated[float | None, typer.Option(help="Of one request; with --memory.")] = None,
+    startup_seconds: Annotated[float | None, typer.Option(help="Until it is ready; with --memory (60).")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of the largest call, where it is measured.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of each, likewise.")] = 128,
+) -> None:
+    """Write manifests that run a model file on Kubernetes, with the resources that a replica took here."""
+    from lepton_ai.serving import kuberay
+    from lepton_ai.serving import kubernetes as k8s
+    from lepton_ai.serving.profile import ReplicaProfile, profile
+
+    with _errors():
+        if not kubernetes:
+            raise ValueError("deploy: nowhere to; allowed: --kubernetes")
+        if metric_target is not None and metric is None:
+            raise ValueError(f"metric_target is {metric_target:g} without --metric; allowed: both")
+        if memory is not None and cores is None:
+            raise ValueError(f"memory is {memory} without --cores; allowed: both, --cores alone, or neither")
+        for option, seconds in (("request_seconds", request_seconds), ("startup_seconds", startup_seconds)):
+            if seconds is not None and memory is None:
+                raise ValueError(f"{option} is {seconds:g} without --memory; allowed: both, else it is measured")
+        if metric is not None and memory is not None and metric_target is None and request_seconds is None:
+            raise ValueError(f"metric is {metric} where nothing is measured; allowed: with --metric-target")
+        source = k8s.model_source(file, path=path, claim=claim, url=url)
+        if memory is not None and cores is not None:
+            taken = ReplicaProfile(
+                k8s.parse_memory(memory), cores, 1.0 if request_seconds is None else request_seconds,
+                60.0 if startup_seconds is None else startup_seconds,
+            )  # fmt: skip
+        else:
+            taken = profile(file, cores=cores, batch=batch, tokens=tokens)
+        busy = cpu_target / 100 / taken.seconds_per_request if metric_target is None else metric_target
+        workload = k8s.Workload(
+            k8s.name_of(file) if name is None else name, image, source, k8s.sha256_of(file), taken,
+            namespace=namespace, tokenizer=tokenizer, replicas=replicas, max_replicas=max_replicas,
+            cpu_target=cpu_target, metric=None if metric is None else k8s.PodMetric(metric, busy), port=port,
+            grace_seconds=grace,
+        )  # fmt: skip
+        objects = k8s.manifests(workload) if ray is None else kuberay.manifests(workload, ray)
+        output.mkdir(parents=True, exist_ok=True)
+        target = output / f"{workload.name}.yaml"
+        target.write_text(k8s.to_yaml(objects))
+    typer.echo(f"a replica takes {taken}")
+    typer.echo(f"wrote {target}: {', '.join(manifest['kind'] for manifest in objects)}")
+
+
 def main() -> None:
     """Runs the command line."""
     app(prog_name="lepton")

@@ -1,0 +1,186 @@
+"""Manifests for KubeRay: a RayService, on which Ray Serve runs replicas and decides how many there are.
+
+A worker pod holds one replica. The image is that of kubernetes.py with Ray in it (examples/docker/Dockerfile, RAY).
+"""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from lepton_ai.serving.kubernetes import (
+    SLACK_SECONDS,
+    Manifest,
+    Workload,
+    container_security,
+    init_containers,
+    labels,
+    metadata,
+    pod_disruption_budget,
+    pod_metadata,
+    pod_security,
+    probe,
+    resources,
+    spread,
+    volumes,
+)
+
+APPLICATION = "lepton_ai.serving.ray_application:application"
+DEPLOYMENT = "Lepton"  # Ray Serve's, in that application
+RAY_BYTES = 1 << 30  # of Ray's own processes in a worker pod, beside the replica's
+OBJECT_STORE_BYTES = 128 << 20  # requests and answers are small; the default is 30 % of the memory
+HEAD_CORES, HEAD_MEMORY = 1, "4Gi"
+ONGOING_REQUESTS = 2  # of a replica: one is computed, one waits
+_OLDEST = (2, 53)  # which answers KubeRay's probes without wget in the image
+_MOST_NAME = 47  # KubeRay makes longer names of it
+
+
+def _check(workload: Workload, ray: str) -> None:
+    version = re.fullmatch(r"(\d+)\.(\d+)\.\d+", ray)
+    if version is None or (int(version[1]), int(version[2])) < _OLDEST:
+        raise ValueError(f"ray is {ray!r}; allowed: a version such as 2.60.0, 2.53.0 or later")
+    if len(workload.name) > _MOST_NAME:
+        raise ValueError(f"name is {workload.name!r}; allowed with ray: up to {_MOST_NAME} characters")
+    if workload.metric is not None:
+        raise ValueError(f"metric is {workload.metric.name!r} with ray; allowed: none, Ray Serve counts requests")
+
+
+def _labels(workload: Workload, component: str) -> dict[str, str]:
+    return {**labels(workload), "app.kubernetes.io/component": component}
+
+
+def serve_config(workload: Workload) -> Manifest:
+    """What Ray Serve is told: the application, its arguments, and how many replicas of it there may be."""
+    startup = math.ceil(workload.profile.startup_seconds)
+    replica: dict[str, Any] = {
+        "name": DEPLOYMENT,
+        "max_ongoing_requests": 64,
+        "graceful_shutdown_timeout_s": workload.grace_seconds,
+        "ray_actor_options": {"num_cpus": workload.profile.cores},
+    }
+    if workload.replicas == workload.max_replicas:
+        replica["num_replicas"] = workload.replicas
+    else:
+        replica["autoscaling_config"] = {
+            "min_replicas": workload.replicas,
+            "max_replicas": workload.max_replicas,
+            "target_ongoing_requests": ONGOING_REQUESTS,
+            "upscale_delay_s": max(5, startup),
+            "downscale_delay_s": 300,
+        }
+    application = {
+        "name": workload.name,
+        "route_prefix": "/",
+        "import_path": APPLICATION,
+        "args": {
+            "path": workload.source.path,
+            "tokenizer": workload.tokenizer,
+            "threads": workload.profile.cores,
+        },
+        "deployments": [replica],
+    }
+    return {"http_options": {"host": "0.0.0.0", "port": workload.port}, "applications": [application]}
+
+
+def _template(workload: Workload, component: str, container: Manifest, pod: Manifest) -> Manifest:
+    """A pod of Ray: what all of them have, and what `pod` adds."""
+    common = {
+        "image": workload.image,
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "securityContext": container_security(),
+    }
+    held = {
+        "enableServiceLinks": False,
+        "securityContext": pod_security(),
+        "containers": [{**container, **common}],
+    }
+    return {
+        "metadata": {**pod_metadata(workload), "labels": _labels(workload, component)},
+        "spec": {**held, **pod},
+    }
+
+
+def _head(workload: Workload) -> Manifest:
+    ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": workload.port}
+    container = {
+        "name": "ray-head",
+        "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
+        "resources": resources(HEAD_CORES, HEAD_MEMORY),
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    pod = {"volumes": [{"name": "tmp", "emptyDir": {}}]}
+    # No replica beside Ray's own bookkeeping.
+    return {"rayStartParams": {"num-cpus": "0"}, "template": _template(workload, "head", container, pod)}
+
+
+def _workers(workload: Workload) -> Manifest:
+    held, mounts = volumes(workload)
+    container = {
+        "name": "ray-worker",
+        "ports": [{"name": "serve", "containerPort": workload.port}],
+        "readinessProbe": probe("/-/healthz", "serve", 5, 2, 2),
+        "resources": resources(workload.profile.cores, workload.memory(RAY_BYTES)),
+        "volumeMounts": mounts,
+    }
+    pod: Manifest = {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": workload.grace_seconds + SLACK_SECONDS,
+        "topologySpreadConstraints": spread(_labels(workload, "replica")),
+        "volumes": held,
+    }
+    if first := init_containers(workload):
+        pod["initContainers"] = first
+    return {
+        "groupName": "replicas",
+        "replicas": workload.replicas,
+        "minReplicas": workload.replicas,
+        "maxReplicas": workload.max_replicas,
+        "rayStartParams": {
+            "num-cpus": str(workload.profile.cores),
+            "object-store-memory": str(OBJECT_STORE_BYTES),
+        },
+        "template": _template(workload, "replica", container, pod),
+    }
+
+
+def ray_service(workload: Workload, ray: str) -> Manifest:
+    """The cluster and the application on it. ray: the version of Ray that the image holds, 2.53.0 or later.
+
+    A change of the cluster makes a new one beside the old one, which goes when the new one answers; a change of
+    the application alone is done in place. Raises ValueError for other versions, a name that is too long for KubeRay,
+    and a workload with a metric.
+    """
+    _check(workload, ray)
+    cluster: Manifest = {
+        "rayVersion": ray,
+        "headGroupSpec": _head(workload),
+        "workerGroupSpecs": [_workers(workload)],
+    }
+    if workload.replicas < workload.max_replicas:
+        cluster["enableInTreeAutoscaling"] = True
+        cluster["autoscalerOptions"] = {"idleTimeoutSeconds": 60, "securityContext": container_security()}
+    address = {
+        "metadata": metadata(workload),
+        "spec": {"ports": [{"name": "serve", "port": 80, "targetPort": workload.port}]},
+    }
+    spec = {
+        "upgradeStrategy": {"type": "NewCluster"},
+        "serveService": address,
+        "serveConfigV2": yaml.safe_dump(serve_config(workload), sort_keys=False),
+        "rayClusterConfig": cluster,
+    }
+    return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": metadata(workload), "spec": spec}
+
+
+def manifests(workload: Workload, ray: str) -> list[Manifest]:
+    """All objects of a workload on Ray. A single replica has no budget: nothing could be drained."""
+    objects = [ray_service(workload, ray)]
+    if workload.replicas > 1:
+        budget = pod_disruption_budget(workload)
+        # Of pods whose owner has no scale subresource, Kubernetes counts those that are there, not those that are not.
+        del budget["spec"]["maxUnavailable"]
+        budget["spec"]["minAvailable"] = workload.replicas - 1
+        budget["spec"]["selector"]["matchLabels"] = _labels(workload, "replica")
+        objects.append(budget)
+    return objects
