@@ -552,7 +552,7 @@ def deploy(
     tokens: Annotated[int, typer.Option(help="Tokens of each, likewise.")] = 128,
 ) -> None:
     """Write manifests that run a model file on Kubernetes, with the resources that a replica took here."""
-    from lepton_ai.serving import kuberay
+    from lepton_ai.serving import kuberay, workload
     from lepton_ai.serving import kubernetes as k8s
     from lepton_ai.serving.profile import ReplicaProfile, profile
 
@@ -568,24 +568,24 @@ def deploy(
                 raise ValueError(f"{option} is {seconds:g} without --memory; allowed: both, else it is measured")
         if metric is not None and memory is not None and metric_target is None and request_seconds is None:
             raise ValueError(f"metric is {metric} where nothing is measured; allowed: with --metric-target")
-        source = k8s.model_source(file, path=path, claim=claim, url=url)
+        source = workload.model_source(file, path=path, claim=claim, url=url)
         if memory is not None and cores is not None:
             taken = ReplicaProfile(
-                k8s.parse_memory(memory), cores, 1.0 if request_seconds is None else request_seconds,
+                workload.parse_memory(memory), cores, 1.0 if request_seconds is None else request_seconds,
                 60.0 if startup_seconds is None else startup_seconds,
             )  # fmt: skip
         else:
             taken = profile(file, cores=cores, batch=batch, tokens=tokens)
         busy = cpu_target / 100 / taken.seconds_per_request if metric_target is None else metric_target
-        workload = k8s.Workload(
-            k8s.name_of(file) if name is None else name, image, source, k8s.sha256_of(file), taken,
+        asked = workload.Workload(
+            workload.name_of(file) if name is None else name, image, source, workload.sha256_of(file), taken,
             namespace=namespace, tokenizer=tokenizer, replicas=replicas, max_replicas=max_replicas,
-            cpu_target=cpu_target, metric=None if metric is None else k8s.PodMetric(metric, busy), port=port,
+            cpu_target=cpu_target, metric=None if metric is None else workload.PodMetric(metric, busy), port=port,
             grace_seconds=grace,
         )  # fmt: skip
-        objects = k8s.manifests(workload) if ray is None else kuberay.manifests(workload, ray)
+        objects = k8s.manifests(asked) if ray is None else kuberay.manifests(asked, ray)
         output.mkdir(parents=True, exist_ok=True)
-        target = output / f"{workload.name}.yaml"
+        target = output / f"{asked.name}.yaml"
         target.write_text(k8s.to_yaml(objects))
     typer.echo(f"a replica takes {taken}")
     typer.echo(f"wrote {target}: {', '.join(manifest['kind'] for manifest in objects)}")

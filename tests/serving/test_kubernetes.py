@@ -11,8 +11,9 @@ import pytest
 import yaml
 from lepton_ai.cli import app
 from lepton_ai.serving import kuberay, kubernetes
-from lepton_ai.serving.kubernetes import FromUrl, InImage, OnClaim, PodMetric, Workload, to_yaml
+from lepton_ai.serving.kubernetes import to_yaml
 from lepton_ai.serving.profile import ReplicaProfile
+from lepton_ai.serving.workload import FromUrl, InImage, OnClaim, PodMetric, Workload, parse_memory
 from typer.testing import CliRunner
 
 VERSIONS = sorted({v for v in kubernetes_validate.utils.all_versions() if int(v.split(".")[1]) >= 30})
@@ -284,7 +285,8 @@ def test_ray_serve_is_told_what_the_pods_are_made_for():
 
 PROGRAM = """
 from lepton_ai.serving import kuberay, kubernetes
-from lepton_ai.serving.kubernetes import *
+from lepton_ai.serving.kubernetes import to_yaml
+from lepton_ai.serving.workload import FromUrl, ReplicaProfile, Workload
 profile = ReplicaProfile(800 << 20, 4, 0.02, 6.0)
 workload = Workload("minilm", "lepton:1", FromUrl("https://models.example/a", 9), "a" * 64, profile, namespace="prod")
 print(to_yaml(kubernetes.manifests(workload) + kuberay.manifests(workload, "2.60.0")))
@@ -365,13 +367,13 @@ def test_bad_parts(make, text):
     ("text", "count"), [("1", 1), ("1500M", 1_500_000_000), ("1.5Gi", 3 << 29), ("800Mi", 800 << 20), ("2k", 2000)]
 )
 def test_memory(text, count):
-    assert kubernetes.parse_memory(text) == count
+    assert parse_memory(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1GB", "1e9", "Gi", "1 Gi"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1GB", "1e9", "Gi", "1 Gi", "\u0661"])
 def test_bad_memory(text):
     with pytest.raises(ValueError, match="allowed: a number above 0 of bytes, or with k, M, G, Ki, Mi or Gi"):
-        kubernetes.parse_memory(text)
+        parse_memory(text)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import yaml
 from lepton_ai.serving.kubernetes import (
     SLACK_SECONDS,
     Manifest,
-    Workload,
     container_security,
     init_containers,
     labels,
@@ -25,6 +24,7 @@ from lepton_ai.serving.kubernetes import (
     spread,
     volumes,
 )
+from lepton_ai.serving.workload import Workload
 
 APPLICATION = "lepton_ai.serving.ray_application:application"
 DEPLOYMENT = "Lepton"  # Ray Serve's, in that application
