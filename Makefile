@@ -116,11 +116,12 @@ cuda-check: ## Every CUDA source compiles without a warning and without a spille
 	  ! grep -E '[1-9][0-9]* bytes spill' build/cuda-check/$$(basename $$source).log; \
 	done
 
-lint: .venv/.deps ## ruff, mypy, clang-format: report
+lint: .venv/.deps ## ruff, mypy, clang-format, hadolint: report
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/hadolint examples/docker/Dockerfile*
 
 format: .venv/.deps ## ruff, clang-format: mend
 	$(BIN)/ruff check --fix .
