@@ -1,6 +1,7 @@
 """Manifests: valid against the official schemas, the same for the same workload, and what each argument changes."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -266,6 +267,11 @@ def test_where_the_model_file_comes_from():
     assert url["containers"][0]["args"][2:4] == ["--tokenizer", "/opt/tokenizer"]
 
 
+def test_the_modules_that_manifests_name_are_there():
+    for name in (kuberay.APPLICATION.split(":")[0], "lepton_ai.serving.fetch"):
+        assert importlib.util.find_spec(name) is not None
+
+
 def test_ray_serve_is_told_what_the_pods_are_made_for():
     manifest = kuberay.ray_service(WORKLOADS["url"], RAY)
     spec = manifest["spec"]
@@ -278,6 +284,7 @@ def test_ray_serve_is_told_what_the_pods_are_made_for():
     assert replica["ray_actor_options"]["num_cpus"] == int(group["rayStartParams"]["num-cpus"]) == 4
     assert replica["autoscaling_config"]["min_replicas"] == group["minReplicas"] == 2
     assert replica["autoscaling_config"]["max_replicas"] == group["maxReplicas"] == 10
+    assert application["route_prefix"] == "/infer"
     assert spec["rayClusterConfig"]["rayVersion"] == RAY
     assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert spec["serveService"]["metadata"]["name"] == "minilm"

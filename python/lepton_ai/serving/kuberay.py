@@ -55,7 +55,8 @@ def serve_config(workload: Workload) -> Manifest:
     startup = math.ceil(workload.profile.startup_seconds)
     replica: dict[str, Any] = {
         "name": DEPLOYMENT,
-        "max_ongoing_requests": 64,
+        "max_ongoing_requests": 64,  # two batches
+        "max_queued_requests": 1024,  # at each proxy; more are answered 503
         "graceful_shutdown_timeout_s": workload.grace_seconds,
         "ray_actor_options": {"num_cpus": workload.profile.cores},
     }
@@ -71,7 +72,7 @@ def serve_config(workload: Workload) -> Manifest:
         }
     application = {
         "name": workload.name,
-        "route_prefix": "/",
+        "route_prefix": "/infer",
         "import_path": APPLICATION,
         "args": {
             "path": workload.source.path,
@@ -80,7 +81,9 @@ def serve_config(workload: Workload) -> Manifest:
         },
         "deployments": [replica],
     }
-    return {"http_options": {"host": "0.0.0.0", "port": workload.port}, "applications": [application]}
+    # A request that took longer than the grace would be lost when its replica leaves.
+    http = {"host": "0.0.0.0", "port": workload.port, "request_timeout_s": workload.grace_seconds}
+    return {"http_options": http, "applications": [application]}
 
 
 def _template(workload: Workload, component: str, container: Manifest, pod: Manifest) -> Manifest:
