@@ -61,7 +61,9 @@ def test_versions_are_pinned_and_extras_exist(instructions):
     assert len(installs) >= 2
     assert all("--constraint" in line or "grep '^torch==' " in line for line in installs)
     assert re.search("^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    (extras,) = re.findall(r'\*\.whl\)\[([\w,]+)\]"', commands)
+    arguments = dict(line.split("=") for line in of(instructions, "ARG"))
+    (extras,) = re.findall(r'\*\.whl\)\[([$\w,]+)\]"', commands)
+    extras = arguments[extras[1:]] if extras.startswith("$") else extras
     assert set(extras.split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
 
 

@@ -356,8 +356,8 @@ def test_good_images(image):
         (lambda: FromUrl("https://me:secret@a.example/b", 1), "url of a.example holds a user or a password"),
         (lambda: PodMetric("a-b", 1.0), "metric is 'a-b'; allowed: a name of Prometheus"),
         (lambda: PodMetric("a", 0.0), "metric_target is 0.0; allowed: a finite number, 0.001 or more"),
-        (lambda: kuberay.manifests(WORKLOAD, "2.9.0"), "ray is '2.9.0'; allowed: .*2.53.0 or later"),
-        (lambda: kuberay.manifests(WORKLOAD, "new"), "ray is 'new'; allowed: .*2.53.0 or later"),
+        (lambda: kuberay.manifests(WORKLOAD, "2.59.0"), "ray is '2.59.0'; allowed: a version, 2.60.0 or later"),
+        (lambda: kuberay.manifests(WORKLOAD, "new"), "ray is 'new'; allowed: a version, 2.60.0 or later"),
         (lambda: kuberay.manifests(METRIC, RAY), "metric is 'lepton_requests_per_second' with ray; allowed: none"),
         (
             lambda: kuberay.manifests(dataclasses.replace(WORKLOAD, name="a" * 48), RAY),

@@ -1,4 +1,4 @@
-"""The application of a RayService, without a cluster; these tests need Ray (pip install "ray[serve]")."""
+"""The application of a RayService, without a cluster."""
 
 import asyncio
 import importlib
@@ -6,15 +6,14 @@ import importlib
 import pytest
 from lepton_ai.serving import kuberay
 from lepton_ai.serving.profile import ReplicaProfile
+from lepton_ai.serving.ray_application import HttpReplica
 from lepton_ai.serving.workload import InImage, Workload
-
-pytest.importorskip("ray.serve")
+from ray.serve.schema import ServeDeploySchema
+from starlette.requests import Request
 
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_ray_takes_the_configuration_and_finds_the_application(most):
-    from ray.serve.schema import ServeDeploySchema
-
     profile = ReplicaProfile(500 << 20, 1, 0.01, 6.0)
     workload = Workload("small", "lepton:1", InImage("/a/small"), "a" * 64, profile, replicas=1, max_replicas=most)
     (told,) = ServeDeploySchema.model_validate(kuberay.serve_config(workload)).applications
@@ -28,9 +27,6 @@ def test_ray_takes_the_configuration_and_finds_the_application(most):
 
 
 def test_a_replica_answers_http():
-    from lepton_ai.serving.ray_application import HttpReplica
-    from starlette.requests import Request
-
     class Echo(HttpReplica):
         def __init__(self) -> None:
             pass  # no model: Ray batches only inside of a cluster

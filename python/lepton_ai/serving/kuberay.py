@@ -1,6 +1,6 @@
 """Manifests for KubeRay: a RayService, on which Ray Serve runs replicas and decides how many there are.
 
-A worker pod holds one replica. The image is that of kubernetes.py with Ray in it (examples/docker/Dockerfile, RAY).
+A worker pod holds one replica. The image has Ray in it (examples/docker/Dockerfile with EXTRA=ray).
 """
 
 import math
@@ -32,14 +32,14 @@ RAY_BYTES = 1 << 30  # of Ray's own processes in a worker pod, beside the replic
 OBJECT_STORE_BYTES = 128 << 20  # requests and answers are small; the default is 30 % of the memory
 HEAD_CORES, HEAD_MEMORY = 1, "4Gi"
 ONGOING_REQUESTS = 2  # of a replica: one is computed, one waits
-_OLDEST = (2, 53)  # which answers KubeRay's probes without wget in the image
+_OLDEST = (2, 60)  # of the extra `ray`; from 2.53 on KubeRay's probes need no wget in the image
 _MOST_NAME = 47  # KubeRay makes longer names of it
 
 
 def _check(workload: Workload, ray: str) -> None:
     version = re.fullmatch(r"(\d+)\.(\d+)\.\d+", ray)
     if version is None or (int(version[1]), int(version[2])) < _OLDEST:
-        raise ValueError(f"ray is {ray!r}; allowed: a version such as 2.60.0, 2.53.0 or later")
+        raise ValueError(f"ray is {ray!r}; allowed: a version, 2.60.0 or later")
     if len(workload.name) > _MOST_NAME:
         raise ValueError(f"name is {workload.name!r}; allowed with ray: up to {_MOST_NAME} characters")
     if workload.metric is not None:
@@ -148,7 +148,7 @@ def _workers(workload: Workload) -> Manifest:
 
 
 def ray_service(workload: Workload, ray: str) -> Manifest:
-    """The cluster and the application on it. ray: the version of Ray that the image holds, 2.53.0 or later.
+    """The cluster and the application on it. ray: the version of Ray that the image holds, 2.60.0 or later.
 
     A change of the cluster makes a new one beside the old one, which goes when the new one answers; a change of
     the application alone is done in place. Raises ValueError for other versions, a name that is too long for KubeRay,
