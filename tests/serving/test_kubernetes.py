@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 from lepton_ai.cli import app
 from lepton_ai.serving import kuberay, kubernetes
@@ -148,6 +149,23 @@ def test_the_probes_ask_what_the_server_answers():
     (container,) = containers(of_kind(kubernetes.manifests(WORKLOAD), "Deployment"))
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
     assert paths == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
+
+
+@pytest.mark.parametrize("name", ["plain", "url"])
+def test_the_container_runs_a_command_that_there_is(name, tmp_path):
+    command = typer.main.get_command(app).commands["serve"]
+    options = {text for parameter in command.params for text in parameter.opts}
+    if not {"--threads", "--max-replicas"} <= options:
+        pytest.skip("lepton serve has no --threads and --max-replicas yet")
+    (server,) = of_kind(kubernetes.manifests(WORKLOADS[name]), "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert server["command"] + server["args"][:1] == ["lepton", "serve"]
+    file, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    file.touch()
+    tokenizer.mkdir()
+    here = {WORKLOADS[name].source.path: str(file), "/opt/tokenizer": str(tokenizer)}
+    given = command.make_context("serve", [here.get(word, word) for word in server["args"][1:]]).params
+    assert (given["port"], given["replicas"], given["max_replicas"], given["threads"]) == (8000, 1, 1, 4)
+    assert (given["host"], given["grace"]) == ("0.0.0.0", 30)
 
 
 def test_a_rolling_update_loses_no_request():

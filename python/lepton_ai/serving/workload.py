@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +115,10 @@ def model_source(file: Path, *, path: str | None, claim: str | None, url: str | 
     )
 
 
-def sha256_of(file: Path) -> str:
+def sha256_of(file: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with file.open("rb") as pieces:
+    with open(file, "rb") as pieces:
         while piece := pieces.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
