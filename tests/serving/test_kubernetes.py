@@ -155,8 +155,8 @@ def test_the_probes_ask_what_the_server_answers():
 def test_the_container_runs_a_command_that_there_is(name, tmp_path):
     command = typer.main.get_command(app).commands["serve"]
     options = {text for parameter in command.params for text in parameter.opts}
-    if not {"--threads", "--max-replicas"} <= options:
-        pytest.skip("lepton serve has no --threads and --max-replicas yet")
+    if "--threads" not in options:
+        pytest.skip("lepton serve has no --threads yet")
     (server,) = of_kind(kubernetes.manifests(WORKLOADS[name]), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["command"] + server["args"][:1] == ["lepton", "serve"]
     file, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
@@ -164,7 +164,7 @@ def test_the_container_runs_a_command_that_there_is(name, tmp_path):
     tokenizer.mkdir()
     here = {WORKLOADS[name].source.path: str(file), "/opt/tokenizer": str(tokenizer)}
     given = command.make_context("serve", [here.get(word, word) for word in server["args"][1:]]).params
-    assert (given["port"], given["replicas"], given["max_replicas"], given["threads"]) == (8000, 1, 1, 4)
+    assert (given["port"], given["replicas"], given["threads"]) == (8000, 1, 4)
     assert (given["host"], given["grace"]) == ("0.0.0.0", 30)
 
 
@@ -231,7 +231,7 @@ LABELS = "app.kubernetes.io/instance"
         ),
         (
             {"grace_seconds": 60},
-            {(*CONTAINER, "args", 13), ("spec", "template", "spec", "terminationGracePeriodSeconds")},
+            {(*CONTAINER, "args", 11), ("spec", "template", "spec", "terminationGracePeriodSeconds")},
             set(),
         ),
     ],

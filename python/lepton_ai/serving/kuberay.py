@@ -86,17 +86,21 @@ def serve_config(workload: Workload) -> Manifest:
     return {"http_options": http, "applications": [application]}
 
 
-def _template(workload: Workload, component: str, container: Manifest, pod: Manifest) -> Manifest:
-    """A pod of Ray: what all of them have, and what `pod` adds."""
-    common = {
-        "image": workload.image,
+def _confined(mounts: list[Manifest]) -> Manifest:
+    """What every container of Ray has: it writes to /tmp alone."""
+    return {
         "env": [{"name": "HOME", "value": "/tmp"}],
         "securityContext": container_security(),
+        "volumeMounts": mounts,
     }
+
+
+def _template(workload: Workload, component: str, container: Manifest, pod: Manifest) -> Manifest:
+    """A pod of Ray: what all of them have, and what `pod` adds."""
     held = {
         "enableServiceLinks": False,
         "securityContext": pod_security(),
-        "containers": [{**container, **common}],
+        "containers": [container],
     }
     return {
         "metadata": {**pod_metadata(workload), "labels": _labels(workload, component)},
@@ -109,8 +113,9 @@ def _head(workload: Workload) -> Manifest:
     container = {
         "name": "ray-head",
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
+        "image": workload.image,
         "resources": resources(HEAD_CORES, HEAD_MEMORY),
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+        **_confined([{"name": "tmp", "mountPath": "/tmp"}]),
     }
     pod = {"volumes": [{"name": "tmp", "emptyDir": {}}]}
     # No replica beside Ray's own bookkeeping.
@@ -123,8 +128,9 @@ def _workers(workload: Workload) -> Manifest:
         "name": "ray-worker",
         "ports": [{"name": "serve", "containerPort": workload.port}],
         "readinessProbe": probe("/-/healthz", "serve", 5, 2, 2),
+        "image": workload.image,
         "resources": resources(workload.profile.cores, workload.memory(RAY_BYTES)),
-        "volumeMounts": mounts,
+        **_confined(mounts),
     }
     pod: Manifest = {
         "automountServiceAccountToken": False,
@@ -162,7 +168,8 @@ def ray_service(workload: Workload, ray: str) -> Manifest:
     }
     if workload.replicas < workload.max_replicas:
         cluster["enableInTreeAutoscaling"] = True
-        cluster["autoscalerOptions"] = {"idleTimeoutSeconds": 60, "securityContext": container_security()}
+        confined = _confined([{"name": "tmp", "mountPath": "/tmp"}])
+        cluster["autoscalerOptions"] = {"idleTimeoutSeconds": 60, **confined}
     address = {
         "metadata": metadata(workload),
         "spec": {"ports": [{"name": "serve", "port": 80, "targetPort": workload.port}]},

@@ -119,7 +119,7 @@ def _container(workload: Workload) -> Manifest:
     arguments = ["serve", workload.source.path]
     if workload.tokenizer is not None:
         arguments += ["--tokenizer", workload.tokenizer]
-    arguments += ["--host", "0.0.0.0", "--port", str(workload.port), "--replicas", "1", "--max-replicas", "1"]
+    arguments += ["--host", "0.0.0.0", "--port", str(workload.port), "--replicas", "1"]
     arguments += ["--threads", str(profile.cores), "--grace", str(workload.grace_seconds)]
     start_period = 2
     start_failures = max(30, math.ceil(STARTUP_MARGIN * profile.startup_seconds / start_period))
