@@ -24,7 +24,7 @@ def test_a_file_is_profiled_and_the_caller_s_memory_does_not_count(file):
     assert found.cores == 1
     assert 2**26 < found.memory_bytes < ballast.nbytes
     assert 0 < found.seconds_per_request < found.startup_seconds < 120
-    assert str(found).startswith(f"{found.memory_bytes / 2**20:.0f} MiB on 1 cores, ")
+    assert str(found).startswith(f"{found.memory_bytes / 2**20:.0f} MiB on 1 core, ")
 
 
 def test_the_process_says_why_it_failed(file):

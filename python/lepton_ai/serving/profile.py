@@ -32,8 +32,9 @@ class ReplicaProfile:
                 raise ValueError(f"ReplicaProfile: {name} is {value}; allowed: a finite number above 0")
 
     def __str__(self) -> str:
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
         return (
-            f"{self.memory_bytes / 2**20:.0f} MiB on {self.cores} cores, {1e3 * self.seconds_per_request:.3g} ms a "
+            f"{self.memory_bytes / 2**20:.0f} MiB on {cores}, {1e3 * self.seconds_per_request:.3g} ms a "
             f"request, ready after {self.startup_seconds:.1f} s"
         )
 
