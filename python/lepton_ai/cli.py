@@ -396,14 +396,19 @@ def serve(
         str | None, typer.Option(help="With ray: of the cluster; auto: the one here. Default: one of its own.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="With ray: CPUs of a replica. Default: 1, or a share of this machine.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a replica; with ray: its CPUs. Given, they have no cores of their own: the system deals them, as "
+            "it has to in a container with a limit. Default: a share of this machine, 1 in another cluster.",
+        ),
     ] = None,
 ) -> None:
     """Serve a model file over HTTP: POST /infer, a live page at /, Prometheus at /metrics."""
     with _errors():
         if model is not None and ":" in model and (code := Path(model.rpartition(":")[0])).is_file():
             model = f"{code.resolve()}:{model.rpartition(':')[2]}"  # replicas may be in another folder
-        only_ray = {"--max-replicas": max_replicas, "--address": address, "--threads": threads}
+        only_ray = {"--max-replicas": max_replicas, "--address": address}
         if engine not in ("local", "ray"):
             raise ValueError(f"--engine is {engine!r}; allowed: local, ray")
         for option, value in only_ray.items():
@@ -425,8 +430,9 @@ def serve(
 
         size = file.stat().st_size
         placement = ResourceManager(replicas, replicas).place(size) if engine == "local" else None
+        cores = placement.cores if placement is not None and threads is None else ()
         if placement is not None:
-            threads = placement.threads
+            threads = placement.threads if threads is None else threads
         elif threads is None:
             threads = 1 if address else max(1, len(usable_cores()) // (max_replicas or replicas))
         spec = ReplicaSpec(
@@ -436,7 +442,7 @@ def serve(
 
         def make_engine() -> ServingEngine:
             if placement is not None:
-                return Engine(spec, replicas, cores=placement.cores, max_waiting=max_waiting, timeout=timeout)
+                return Engine(spec, replicas, cores=cores, max_waiting=max_waiting, timeout=timeout)
             return RayEngine(
                 spec, replicas, max_replicas, address=address, memory=size, max_waiting=max_waiting, timeout=timeout
             )

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -111,27 +113,41 @@ def test_overload_is_said_with_when_to_come_back(spec):
     asyncio.run(scenario())
 
 
-def test_the_command_serves_and_finishes_what_it_has_on_sigterm(spec, tmp_path):
-    (tmp_path / "warm.json").write_text(spec.warm_up)
-    command = [str(Path(sys.executable).with_name("lepton")), "serve", spec.path, "--model", spec.architecture,
-               "--warm-up", str(tmp_path / "warm.json"), "--port", "0"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+@contextmanager
+def command(spec, folder: Path, *options: str):
+    """`lepton serve` as a process; gives it, its port and the number of threads that it tells."""
+    (folder / "warm.json").write_text(spec.warm_up)
+    words = [str(Path(sys.executable).with_name("lepton")), "serve", spec.path, "--model", spec.architecture,
+             "--warm-up", str(folder / "warm.json"), "--port", "0", *options]  # fmt: skip
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
-            line = server.stdout.readline()
-            port = int(re.search(r"at http://127.0.0.1:(\d+): 1 replicas, \d+ threads each", line)[1])
-
-            async def scenario() -> None:
-                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-                    assert (await client.post("/infer", content=body(1))).status_code == 200
-                    slow = asyncio.create_task(client.post("/infer", content=body(2000)))
-                    await asyncio.sleep(0.3)
-                    server.send_signal(signal.SIGTERM)
-                    assert (await slow).status_code == 200
-
-            asyncio.run(scenario())
-            assert server.wait(20) == 0
+            found = re.search(r"at http://127.0.0.1:(\d+): 1 replicas, (\d+) threads each", server.stdout.readline())
+            yield server, int(found[1]), int(found[2])
         finally:
             server.kill()
+
+
+def test_the_command_serves_and_finishes_what_it_has_on_sigterm(spec, tmp_path):
+    with command(spec, tmp_path) as (server, port, _):
+
+        async def scenario() -> None:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                assert (await client.post("/infer", content=body(1))).status_code == 200
+                slow = asyncio.create_task(client.post("/infer", content=body(2000)))
+                await asyncio.sleep(0.3)
+                server.send_signal(signal.SIGTERM)
+                assert (await slow).status_code == 200
+
+        asyncio.run(scenario())
+        assert server.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say where a process may run")
+def test_threads_of_the_command_have_no_cores_of_their_own(spec, tmp_path):
+    with command(spec, tmp_path, "--threads", "1") as (server, port, threads):
+        (replica,) = httpx.get(f"http://127.0.0.1:{port}/status", timeout=20).json()["replicas"]
+        assert threads == 1
+        assert os.sched_getaffinity(replica["pid"]) == os.sched_getaffinity(server.pid)
 
 
 def test_the_command_says_why_it_can_not_serve(spec, tmp_path):
@@ -151,7 +167,6 @@ def test_the_command_says_why_it_can_not_serve(spec, tmp_path):
         (["--engine", "slurm"], "--engine is 'slurm'; allowed: local, ray"),
         (["--max-replicas", "3"], "--max-replicas is 3 with --engine local; allowed: with --engine ray"),
         (["--address", "auto"], "--address is auto with --engine local"),
-        (["--threads", "2"], "--threads is 2 with --engine local"),
     ],
 )
 def test_options_that_do_not_fit(spec, options, text):

@@ -154,9 +154,6 @@ def test_the_probes_ask_what_the_server_answers():
 @pytest.mark.parametrize("name", ["plain", "url"])
 def test_the_container_runs_a_command_that_there_is(name, tmp_path):
     command = typer.main.get_command(app).commands["serve"]
-    options = {text for parameter in command.params for text in parameter.opts}
-    if "--threads" not in options:
-        pytest.skip("lepton serve has no --threads yet")
     (server,) = of_kind(kubernetes.manifests(WORKLOADS[name]), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["command"] + server["args"][:1] == ["lepton", "serve"]
     file, tokenizer = tmp_path / "model", tmp_path / "tokenizer"

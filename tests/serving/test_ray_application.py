@@ -7,6 +7,8 @@ import pytest
 from lepton_ai.serving import kuberay
 from lepton_ai.serving.profile import ReplicaProfile
 from lepton_ai.serving.ray_application import HttpReplica
+from lepton_ai.serving.ray_engine import Reply
+from lepton_ai.serving.replica import Startup
 from lepton_ai.serving.workload import InImage, Workload
 from ray.serve.schema import ServeDeploySchema
 from starlette.requests import Request
@@ -31,8 +33,8 @@ def test_a_replica_answers_http():
         def __init__(self) -> None:
             pass  # no model: Ray batches only inside of a cluster
 
-        async def answer(self, body: bytes) -> tuple[int, bytes, float]:
-            return 418, body, 0.5
+        async def answer(self, body: bytes) -> Reply:
+            return Reply(418, body, 0.0, 0.5, 1, "echo", Startup(0, 0, 0, 0, 0, 1))
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b"{}", "more_body": False}

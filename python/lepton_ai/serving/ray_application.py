@@ -15,16 +15,17 @@ from lepton_ai.serving.ray_engine import Replica
 from lepton_ai.serving.replica import ReplicaSpec
 
 MAX_BATCH = 32
+PATIENCE = 120.0  # seconds that a batch may take before its replica counts as dead
 
 
 class HttpReplica(Replica):
     """A replica that takes HTTP requests."""
 
     async def __call__(self, request: Request) -> Response:
-        status, body, _ = await self.answer(await request.body())
-        return Response(body, status, media_type="application/json")
+        reply = await self.answer(await request.body())
+        return Response(reply.body, reply.status, media_type="application/json")
 
 
 def application(args: dict[str, Any]) -> serve.Application:
     """What Ray Serve builds from the file that KubeRay gives it. args: fields of ReplicaSpec; path is required."""
-    return serve.deployment(name=DEPLOYMENT)(HttpReplica).bind(asdict(ReplicaSpec(**args)), MAX_BATCH, 0)
+    return serve.deployment(name=DEPLOYMENT)(HttpReplica).bind(asdict(ReplicaSpec(**args)), MAX_BATCH, PATIENCE)
