@@ -301,6 +301,7 @@ def test_ray_serve_is_told_what_the_pods_are_made_for():
     assert replica["autoscaling_config"]["max_replicas"] == group["maxReplicas"] == 10
     assert application["route_prefix"] == "/infer"
     assert spec["rayClusterConfig"]["rayVersion"] == RAY
+    assert spec["rayClusterConfig"]["authOptions"] == {"mode": "token"}
     assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert spec["serveService"]["metadata"]["name"] == "minilm"
 

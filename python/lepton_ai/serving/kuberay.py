@@ -163,6 +163,8 @@ def ray_service(workload: Workload, ray: str) -> Manifest:
     _check(workload, ray)
     cluster: Manifest = {
         "rayVersion": ray,
+        # Without it whoever reaches the head's ports runs programs there. KubeRay makes the token.
+        "authOptions": {"mode": "token"},
         "headGroupSpec": _head(workload),
         "workerGroupSpecs": [_workers(workload)],
     }
