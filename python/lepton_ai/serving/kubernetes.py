@@ -17,7 +17,7 @@ Manifest = dict[str, Any]
 USER = 10001  # of the images in examples/docker
 STARTUP_MARGIN = 10  # a node may be so many times slower than the machine of the profile: a cold disk, busy cores
 DRAIN_SECONDS = 5  # from the moment that a pod is leaving until all nodes send their requests elsewhere
-SLACK_SECONDS = 10  # between the end of the server's own grace and the kill: its processes end
+SLACK_SECONDS = 15  # between the end of the server's own grace and the kill: processes take up to ten to end
 
 
 def labels(workload: Workload) -> dict[str, str]:
