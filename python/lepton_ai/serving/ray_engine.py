@@ -36,8 +36,8 @@ _LOOK_SECONDS = 10.0  # that one may take
 _LEAVE_SECONDS = 30.0  # that the replicas may take to go
 _DEPLOYMENT = "Replica"
 _SURGE_PERCENT = 20  # of the replicas, rounded up, that a rolling update adds: as many as it replaces at a time
-# A replica that does not answer three looks of five seconds has half a request's time left to be replaced in: waiting
-# for it to finish would take that as well.
+# What does not answer for 15 seconds (three health checks) is killed, not waited for: what it has is then asked of
+# another one before the request's time is over.
 _CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
 _STATES = {"RUNNING": "ready", "STARTING": "starting", "STOPPING": "draining"}
 
@@ -209,14 +209,15 @@ class RayEngine:
         if not ray.is_initialized():
             options: dict[str, Any] = {"address": self._address}
             if self._address is None:
-                # What Ray counts as CPUs: as many as the replicas take, also in a rolling update.
+                # What Ray counts as CPUs: as many as the replicas take, also in a rolling update. No more: it starts a
+                # process for each.
                 most = self._most + math.ceil(self._most * _SURGE_PERCENT / 100)
                 cpus = max(os.cpu_count() or 1, most * self._spec.threads)
                 quiet(os.environ)
                 options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
             try:
                 ray.init(log_to_driver=False, configure_logging=False, **options)
-            except ConnectionError as error:
+            except (ConnectionError, RuntimeError) as error:
                 raise ReplicaError(f"address is {self._address!r}: {error}") from error
             self._connected = True
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray's own takes no level from above
