@@ -1,0 +1,109 @@
+"""ArrivalRate: how many requests a second arrive now, from counts, with bounds, a trend and changes told from noise."""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+MEMORY = 300.0  # seconds of steady arrivals that are remembered
+_LEAST_SPAN = 0.5  # seconds: counts over less are added up
+_LEAST_TREND = 10.0  # seconds in which a trend can be seen
+# A change is one that steady arrivals show with chance e^-20 at a given moment: less than 1 in 5000 over five minutes
+# of samples a second apart, whatever the moment that is looked at (300 x 300 of them at most).
+_CHANGE = 20.0
+DEVIATIONS = 2.0  # of a bound from the estimate
+
+
+@dataclass(frozen=True)
+class Rate:
+    """requests: as counted over `seconds` since the last change. dispersion: variance over mean of counts, 1 or more.
+
+    growth: requests a second that come on top every second, at least, as far as it can be told from noise; 0 for none.
+    """
+
+    requests: float
+    seconds: float
+    dispersion: float
+    growth: float
+
+    @property
+    def per_second(self) -> float:
+        """The mean over these seconds."""
+        return self.requests / self.seconds if self.seconds else 0.0
+
+
+class ArrivalRate:
+    """Estimates a rate over a window that grows while arrivals are steady and is cut where they changed.
+
+    A window that ends where its newest part no longer fits the rest is ADWIN's idea (Bifet and Gavaldà, "Learning from
+    time-changing data with adaptive windowing", SIAM Data Mining 2007). What fits is told by the generalized likelihood
+    ratio of one or two Poisson rates (Siegmund and Venkatraman, "Using the generalized likelihood ratio statistic for
+    sequential detection of a change-point", Annals of Statistics 23, 1995), divided by the counts' dispersion, since
+    arrivals are often burstier than Poisson. So the window needs no length to be set: a tenfold step at ten requests a
+    second is seen within a second, and a steady one in ten seconds is no wobble.
+    """
+
+    def __init__(self) -> None:
+        self._spans: deque[float] = deque()
+        self._counts: deque[float] = deque()
+
+    def add(self, seconds: float, arrivals: float) -> None:
+        """So many arrivals in the next `seconds` (more than 0)."""
+        if self._spans and self._spans[-1] < _LEAST_SPAN:
+            self._spans[-1] += seconds
+            self._counts[-1] += arrivals
+        else:
+            self._spans.append(seconds)
+            self._counts.append(arrivals)
+        while len(self._spans) > 1 and sum(self._spans) - self._spans[0] >= MEMORY:
+            self._spans.popleft()
+            self._counts.popleft()
+        for _ in range(self._older()):
+            self._spans.popleft()
+            self._counts.popleft()
+
+    def _older(self) -> int:
+        """How many counts are from before the newest change."""
+        if len(self._spans) < 2:
+            return 0
+        spans, counts = np.array(self._spans), np.array(self._counts)
+        before, n = spans.cumsum(), counts.cumsum()
+        total, all_n = before[-1], n[-1]
+        if all_n == 0:
+            return 0
+        before, n = before[:-1], n[:-1]
+        after, m = total - before, all_n - n
+        # x ln x is 0 for 0; the logarithm's argument is kept off it.
+        ratio = n * np.log(np.maximum(n, 1e-300) * total / (before * all_n))
+        ratio += m * np.log(np.maximum(m, 1e-300) * total / (after * all_n))
+        cut = int(ratio.argmax()) + 1
+        # Only what was before the change tells how much counts vary without one.
+        if ratio[cut - 1] > _CHANGE * _dispersion(spans[:cut], counts[:cut]):
+            return cut
+        return 0
+
+    def rate(self) -> Rate:
+        """What is known by now."""
+        spans, counts = np.array(self._spans), np.array(self._counts)
+        seconds, requests = float(spans.sum()), float(counts.sum())
+        dispersion = _dispersion(spans, counts)
+        growth = 0.0
+        if seconds >= _LEAST_TREND and requests:
+            # Least squares weighted by the spans; its standard error is that of counts of the mean rate.
+            time = spans.cumsum() - spans / 2
+            time -= (time * spans).sum() / seconds
+            spread = float((spans * time**2).sum())
+            if spread > 0:
+                slope = float((time * counts).sum()) / spread
+                error = math.sqrt(dispersion * requests / seconds / spread)
+                growth = max(0.0, slope - DEVIATIONS * error)
+        return Rate(requests, seconds, dispersion, growth)
+
+
+def _dispersion(spans: np.ndarray, counts: np.ndarray) -> float:
+    """Pearson's estimate of variance over mean of the counts, at least 1; 1 where fewer than ten counts can tell."""
+    mean = spans * (counts.sum() / spans.sum())
+    if len(counts) < 10 or mean[0] == 0:
+        return 1.0
+    return max(1.0, float(((counts - mean) ** 2 / mean).sum()) / (len(counts) - 1))
