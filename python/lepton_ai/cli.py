@@ -364,6 +364,8 @@ def bench(
         return
     table = Table(show_header=False, box=None)
     for name, value in figures.items():
+        if isinstance(value, list):  # single latencies, for --json
+            continue
         shown = _bytes(value) if name.endswith("bytes") else f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     console.print(table)

@@ -1,22 +1,21 @@
 """Autoscaler: how many replicas a load needs, now and when those that are started now are ready.
 
-Pure logic: no clock, no threads, no input or output. Who drives it (an engine, a simulation) measures a LoadSample every
-second or so, asks desired() and starts or drains replicas until ready and starting ones are as many as it says.
+Pure logic: no clock, no threads, no input or output. Who drives it (an engine, a simulation) measures a LoadSample
+every second or so, asks desired(), and starts or drains replicas until there are as many, ready and starting.
 
 What it rests on:
-- The fleet is the smallest that keeps waits short by Erlang C and replicas no busier than they should be
-  (lepton_ai.serving.queueing); its load is the rate of arrivals times the seconds that a request takes (Little's law).
-- A queue has to be worked off beside what arrives, and is never a reason to scale in. Scaling on queue lengths alone
-  is what makes fleets swing: new replicas shorten the queues, which takes them away again (ray-project/ray#18925).
-- Rates are means over all that came since the load last changed (lepton_ai.serving.arrival_rate), so they grow more exact
-  the longer the load is steady; a rise is followed for as long as a replica takes to start.
-- Hysteresis: out at once when even the least that the figures allow needs more replicas, in only when the most that
-  they allow needs fewer, and only when that has lasted: the least need of the whole time to scale out, the greatest to
-  scale in (the stabilization window of Kubernetes' HorizontalPodAutoscaler; ray-project/ray#46497 asks for it).
-  That scaling in may wait, because starting again is slow, is Gandhi et al., "AutoScale: dynamic, robust capacity
-  management for multi-tier data centers", ACM TOCS 30, 2012.
-- Damping: a scale-out soon after a scale-in shows that this was too early; each one doubles the time before the next
-  (as routers hold routes that flap, RFC 2439).
+- A fleet is the smallest that by Erlang C keeps waits short and replicas no busier than they should be
+  (lepton_ai.serving.queueing). Its load is arrivals a second times the seconds that one takes (Little's law).
+- What waits has to be worked off beside what arrives, and is no measure of the load. Scaling on queue lengths alone
+  makes fleets swing: new replicas shorten the queues, which takes them away again (ray-project/ray#18925).
+- Rates are means since the load last changed (lepton_ai.serving.arrival_rate), so they get the more exact the longer
+  it is steady. A rise is followed for as long as a replica takes to start.
+- Hysteresis: out when even the least that the figures allow needs more replicas, in when the most that they allow needs
+  fewer, and when that has lasted: out to the least need of that time, in to the greatest (the stabilization window of
+  Kubernetes' HorizontalPodAutoscaler; ray-project/ray#46497). That what is slow to start is better kept for a while is
+  from Gandhi et al., "AutoScale: dynamic, robust capacity management for multi-tier data centers", ACM TOCS 30, 2012.
+- Damping: a scale-out soon after a scale-in shows that this was too early, and doubles the time that the next one has
+  to wait (as routers suppress routes that flap, RFC 2439).
 """
 
 import math
@@ -28,8 +27,10 @@ from lepton_ai.serving.arrival_rate import DEVIATIONS, ArrivalRate, Rate
 from lepton_ai.serving.queueing import servers_for
 
 MOST_PATIENCE = 300.0  # seconds that damping lets scaling in wait, at most
+_LEAST_ANSWERS = 30  # before which too little is known to scale in
 _SOON = 10.0  # a scale-out within so many times the patience after a scale-in came soon
-_MEMORY_SECONDS, _MEMORY_REQUESTS = 10.0, 400.0  # of service times, whichever is longer
+# Service times are remembered for 4000 requests, but 10 seconds at least and 300 at most.
+_MEMORY_REQUESTS, _LEAST_MEMORY, _MOST_MEMORY = 4000.0, 10.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class ScalingPolicy:
     replicas may be busy. scale_out_after, scale_in_after: seconds that a load must last before replicas are started or
     drained for it. max_growth: times as many replicas, ready and starting, as one decision may ask for (at least one
     more). tolerance: share by which the load must have fallen below what the fleet is for before any is drained.
-    drain_seconds: within which a queue should be worked off. Raises ValueError for values that do not fit.
+    drain_seconds: within which what waits should be worked off. idle_after: seconds without a request after which none
+    is expected. Raises ValueError for values that do not fit.
     """
 
     min_replicas: int
@@ -55,6 +57,7 @@ class ScalingPolicy:
     max_growth: float = 2.0
     tolerance: float = 0.1
     drain_seconds: float = 60.0
+    idle_after: float = 300.0
 
     def __post_init__(self) -> None:
         for name, fits, allowed in (
@@ -68,6 +71,7 @@ class ScalingPolicy:
             ("max_growth", 1 < self.max_growth < math.inf, "a finite number over 1"),
             ("tolerance", 0 <= self.tolerance < math.inf, "a finite number, 0 or more"),
             ("drain_seconds", self.drain_seconds > 0, "a number of seconds over 0"),
+            ("idle_after", self.idle_after > 0, "a number of seconds over 0"),
         ):
             if not fits:
                 raise ValueError(f"ScalingPolicy: {name} is {getattr(self, name)!r}; allowed: {allowed}")
@@ -96,9 +100,9 @@ class LoadSample:
     """What was measured. Times in seconds, by a clock that never goes back.
 
     ready, starting: replicas that take requests, and that will. waiting, in_flight: requests without and with a
-    replica. arrivals (refused ones too), completions: since the last sample. service_seconds: of a replica, for a request
-    (for a batch of 8 in 0.4 s: 0.05), the mean of these completions; None without any. startup_seconds: until a
-    replica that is started now is ready. Raises ValueError for values that are negative or not finite.
+    replica. arrivals (refused ones too), completions: since the last sample. service_seconds: of a replica, for a
+    request (for a batch of 8 in 0.4 s: 0.05), the mean of these completions; None without any. startup_seconds: until
+    a replica that is started now is ready. Raises ValueError for values that are negative or not finite.
     """
 
     time: float
@@ -132,10 +136,11 @@ class Autoscaler:
 
     def __init__(self, policy: ScalingPolicy) -> None:
         self.policy = policy
-        self._rate = ArrivalRate()
+        self._rate, self._now = ArrivalRate(), Rate(0.0, 0.0, 1.0, 0.0)
         self._work, self._served = 0.0, 0.0  # seconds that requests took, and how many, older ones counting less
+        self._answers = 0
         self._needs: deque[tuple[float, int, int]] = deque()  # time, least and greatest need
-        self._since = self._last = -math.inf
+        self._since = self._last = self._busy_at = -math.inf
         self._replicas = policy.min_replicas
         self._scaled_in: float | None = None  # when, if that was the last change
         self._patience = policy.scale_in_after
@@ -147,7 +152,7 @@ class Autoscaler:
                 f"Autoscaler.desired: time is {sample.time}; allowed: later than the last one's, {self._last}"
             )
         if self._last == -math.inf:
-            self._since, self._last = sample.time, sample.time
+            self._since = self._last = self._busy_at = sample.time
             self._replicas = self.policy.clamped(sample.ready + sample.starting)
             return Decision(self._replicas, "the first sample: what there is, within the bounds")
         self._learn(sample)
@@ -156,7 +161,8 @@ class Autoscaler:
         self._needs.append((sample.time, least, greatest))
         while self._needs[0][0] < sample.time - max(self._patience, self.policy.scale_out_after):
             self._needs.popleft()
-        lasting_least = self._over(self.policy.scale_out_after, min, 1)
+        # What waits for the first replica has waited long enough.
+        lasting_least = self._over(self.policy.scale_out_after, min, 1) if self._replicas else least
         lasting_greatest = self._over(self._patience, max, 2)
         if lasting_least is not None and lasting_least > self._replicas:
             there = sample.ready + sample.starting
@@ -164,7 +170,9 @@ class Autoscaler:
             replicas = max(self._replicas, min(lasting_least, self.policy.clamped(cap)))
             if replicas > self._replicas:
                 return self._scale_out(replicas, lasting_least, sample)
-            return Decision(replicas, f"{self._figures(sample)}; {there} are there, so not yet the {lasting_least} needed")
+            return Decision(
+                replicas, f"{self._figures(sample)}; {there} are there, so not yet the {lasting_least} needed"
+            )
         if lasting_greatest is not None and lasting_greatest < self._replicas:
             before, self._replicas = self._replicas, lasting_greatest
             self._scaled_in = sample.time
@@ -187,9 +195,11 @@ class Autoscaler:
 
     def _learn(self, sample: LoadSample) -> None:
         span = sample.time - self._last
-        self._rate.add(span, sample.arrivals)
+        self._now = self._rate.add(span, sample.arrivals)
+        self._answers += sample.completions
         if sample.service_seconds is not None:
-            keep = math.exp(-min(span / _MEMORY_SECONDS, sample.completions / _MEMORY_REQUESTS))
+            aged = max(sample.completions / _MEMORY_REQUESTS, span / _MOST_MEMORY)
+            keep = math.exp(-min(aged, span / _LEAST_MEMORY))
             self._work = keep * self._work + sample.completions * sample.service_seconds
             self._served = keep * self._served + sample.completions
 
@@ -202,18 +212,27 @@ class Autoscaler:
         policy, service = self.policy, self._service_seconds
         idle = not (sample.waiting or sample.in_flight or sample.arrivals)
         busy = policy.clamped(0 if idle else 1)
+        if not idle:
+            self._busy_at = sample.time
+        elif sample.time - self._busy_at >= policy.idle_after:
+            return busy, busy
         if service == 0:  # nothing was answered yet: there is nothing to tell a number from
-            return busy, busy if idle else max(busy, self._replicas)
-        rate = self._rate.rate()
+            return busy, max(busy, self._replicas)
+        rate = self._now
         low, high = _bounds(rate, self._served)
+        high = max(high, rate.per_second * (1 + policy.tolerance))
         # A trend is followed no further than it was seen.
         rise = rate.growth * min(sample.startup_seconds, rate.seconds)
         queue = sample.waiting / policy.drain_seconds
-        greatest = max(high, rate.per_second * (1 + policy.tolerance)) + rise + queue
-        return (
-            max(busy, policy.replicas_for((low + rise + queue) * service, service)),
-            max(busy, policy.replicas_for(greatest * service, service)),
+        least, greatest = (
+            max(
+                busy,
+                policy.replicas_for((arrivals + rise) * service, service),
+                math.ceil(min((arrivals + queue) * service, policy.max_replicas)),
+            )
+            for arrivals in (low, high)
         )
+        return least, greatest if self._answers >= _LEAST_ANSWERS else max(greatest, self._replicas)
 
     def _over(self, seconds: float, pick: Callable[..., int], column: int) -> int | None:
         """The least or greatest need of the last seconds; None where samples do not reach back so far."""
@@ -223,7 +242,7 @@ class Autoscaler:
         return pick(entry[column] for entry in self._needs if entry[0] >= start)
 
     def _figures(self, sample: LoadSample) -> str:
-        rate, service = self._rate.rate(), self._service_seconds
+        rate, service = self._now, self._service_seconds
         took = f"of {1e3 * service:.4g} ms" if service else "none answered yet"
         return f"{rate.per_second:.4g} requests/s {took}, steady for {rate.seconds:.4g} s; {sample.waiting} wait"
 
@@ -232,8 +251,8 @@ def _bounds(rate: Rate, served: float) -> tuple[float, float]:
     """The least and greatest arrivals a second, the error of service times counted in.
 
     By the square root of the count, whose deviation is 1/2 at any rate (Bartlett, "The square root transformation in
-    analysis of variance", Supplement to the Journal of the Royal Statistical Society 3, 1936). Both 0 where nothing came
-    since the last change.
+    analysis of variance", Supplement to the Journal of the Royal Statistical Society 3, 1936). Both 0 where nothing
+    came since the last change.
     """
     if rate.requests == 0:
         return 0.0, 0.0
