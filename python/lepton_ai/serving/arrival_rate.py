@@ -8,11 +8,13 @@ import numpy as np
 _MEMORY = 1800.0  # seconds of steady arrivals that are remembered
 _MOST_SPANS = 512  # of which there are counts; then those of the older half are added up in pairs, as ADWIN's are
 _LEAST_SPAN = 0.5  # seconds: counts over less are added up
+_LEAST_COUNTS = 10  # that tell how much they vary
+_UNKNOWN_DISPERSION = 4.0  # taken before there are as many: requests come in groups of four, say
 _LEAST_TREND = 10.0  # seconds in which a trend can be seen
 # A change is one that steady arrivals show with a chance of some e^-20 at a given moment: in five minutes of samples a
 # second apart, each looked at for changes at up to 512 moments, about 1 in 3000.
 _CHANGE = 20.0
-DEVIATIONS = 3.0  # of a bound from the estimate
+DEVIATIONS = 4.0  # of a bound from the estimate
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ArrivalRate:
     def __init__(self) -> None:
         self._spans: list[float] = []
         self._counts: list[float] = []
+        self._known_dispersion = _UNKNOWN_DISPERSION
 
     def add(self, seconds: float, arrivals: float) -> Rate:
         """So many arrivals in the next `seconds` (more than 0); what is known with them."""
@@ -80,14 +83,14 @@ class ArrivalRate:
         ratio += m * np.log(np.maximum(m, 1e-300) * total / (after * all_n))
         cut = int(ratio.argmax()) + 1
         # Only what was before the change tells how much counts vary without one.
-        if ratio[cut - 1] > _CHANGE * _dispersion(spans[:cut], counts[:cut]):
+        if ratio[cut - 1] > _CHANGE * self._dispersion(spans[:cut], counts[:cut]):
             return cut
         return 0
 
     def _rate(self) -> Rate:
         spans, counts = np.array(self._spans), np.array(self._counts)
         seconds, requests = float(spans.sum()), float(counts.sum())
-        dispersion = _dispersion(spans, counts)
+        dispersion = self._known_dispersion = self._dispersion(spans, counts)
         growth = 0.0
         if seconds >= _LEAST_TREND and requests:
             # Least squares weighted by the spans; its standard error is that of counts of the mean rate.
@@ -100,10 +103,9 @@ class ArrivalRate:
                 growth = max(0.0, slope - DEVIATIONS * error)
         return Rate(requests, seconds, dispersion, growth)
 
-
-def _dispersion(spans: np.ndarray, counts: np.ndarray) -> float:
-    """Pearson's estimate of variance over mean of the counts, at least 1; 1 where fewer than ten counts can tell."""
-    mean = spans * (counts.sum() / spans.sum())
-    if len(counts) < 10 or mean[0] == 0:
-        return 1.0
-    return max(1.0, float(((counts - mean) ** 2 / mean).sum()) / (len(counts) - 1))
+    def _dispersion(self, spans: np.ndarray, counts: np.ndarray) -> float:
+        """Pearson's estimate of variance over mean of the counts, at least 1; what was known where they are too few."""
+        if len(counts) < _LEAST_COUNTS or counts.sum() == 0:
+            return self._known_dispersion
+        mean = spans * (counts.sum() / spans.sum())
+        return max(1.0, float(((counts - mean) ** 2 / mean).sum()) / (len(counts) - 1))
