@@ -304,11 +304,11 @@ def test_a_change_is_seen_and_what_was_before_is_forgotten(rate, factor, within)
 
 
 def test_steady_arrivals_are_one_window():
-    """An hour: the memory is bounded, and the counts are added up over longer times."""
+    """An hour in groups of seven, of which ten minutes are remembered."""
     random, arrivals = np.random.default_rng(1), ArrivalRate()
     for _ in range(3600):
         found = arrivals.add(1.0, 7 * int(random.poisson(100)))
-    assert 1500 < found.seconds <= 1900
+    assert 590 < found.seconds <= 601
     assert found.per_second == pytest.approx(700, rel=0.02)
     assert found.dispersion == pytest.approx(7, rel=0.3)
     assert found.growth == 0

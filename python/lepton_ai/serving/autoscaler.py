@@ -23,10 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lepton_ai.serving.arrival_rate import DEVIATIONS, ArrivalRate, Rate
+from lepton_ai.serving.arrival_rate import ArrivalRate, Rate
 from lepton_ai.serving.queueing import servers_for
 
 MOST_PATIENCE = 300.0  # seconds that damping lets scaling in wait, at most
+# Standard deviations that a rate and a mean time may be off. Starting late costs more than ending late.
+_BELOW, _ABOVE = 2.5, 3.0
 _LEAST_ANSWERS = 30  # before which too little is known to scale in
 _SOON = 10.0  # a scale-out within so many times the patience after a scale-in came soon
 # Service times are remembered for 4000 requests, but 10 seconds at least and 300 at most.
@@ -136,7 +138,7 @@ class Autoscaler:
 
     def __init__(self, policy: ScalingPolicy) -> None:
         self.policy = policy
-        self._rate, self._now = ArrivalRate(), Rate(0.0, 0.0, 1.0, 0.0)
+        self._rate, self._now = ArrivalRate(), Rate(0.0, 0.0, 0.0, 1.0, 0.0)
         self._work, self._served = 0.0, 0.0  # seconds that requests took, and how many, older ones counting less
         self._answers = 0
         self._needs: deque[tuple[float, int, int]] = deque()  # time, least and greatest need
@@ -219,18 +221,22 @@ class Autoscaler:
         if service == 0:  # nothing was answered yet: there is nothing to tell a number from
             return busy, max(busy, self._replicas)
         rate = self._now
-        low, high = _bounds(rate, self._served)
+        low, high = rate.bounds(_BELOW, _ABOVE)
         high = max(high, rate.per_second * (1 + policy.tolerance))
-        # A trend is followed no further than it was seen.
-        rise = rate.growth * min(sample.startup_seconds, rate.seconds)
+        rise = rate.rise(sample.startup_seconds)
         queue = sample.waiting / policy.drain_seconds
+        # The logarithm of a mean of times has the same deviation whatever they are, for exponential ones 1 / √n.
+        error = 1 / math.sqrt(max(self._served, 1.0))
         least, greatest = (
             max(
                 busy,
-                policy.replicas_for((arrivals + rise) * service, service),
-                math.ceil(min((arrivals + queue) * service, policy.max_replicas)),
+                policy.replicas_for((arrivals + rise) * seconds, seconds),
+                math.ceil(min((arrivals + queue) * seconds, policy.max_replicas)),
             )
-            for arrivals in (low, high)
+            for arrivals, seconds in (
+                (low, service * math.exp(-_BELOW * error)),
+                (high, service * math.exp(_ABOVE * error)),
+            )
         )
         return least, greatest if self._answers >= _LEAST_ANSWERS else max(greatest, self._replicas)
 
@@ -245,17 +251,3 @@ class Autoscaler:
         rate, service = self._now, self._service_seconds
         took = f"of {1e3 * service:.4g} ms" if service else "none answered yet"
         return f"{rate.per_second:.4g} requests/s {took}, steady for {rate.seconds:.4g} s; {sample.waiting} wait"
-
-
-def _bounds(rate: Rate, served: float) -> tuple[float, float]:
-    """The least and greatest arrivals a second, the error of service times counted in.
-
-    By the square root of the count, whose deviation is 1/2 at any rate (Bartlett, "The square root transformation in
-    analysis of variance", Supplement to the Journal of the Royal Statistical Society 3, 1936). Both 0 where nothing
-    came since the last change.
-    """
-    if rate.requests == 0:
-        return 0.0, 0.0
-    root = math.sqrt(rate.requests)
-    error = DEVIATIONS / 2 * math.sqrt(rate.dispersion + rate.requests / max(served, 1.0))
-    return max(0.0, root - error) ** 2 / rate.seconds, (root + error) ** 2 / rate.seconds

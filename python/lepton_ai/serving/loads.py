@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 Load = Callable[[float], float]
@@ -27,6 +28,13 @@ def step(rate: float, factor: float, begin: float, end: float = math.inf) -> Loa
 def burst(rate: float, factor: float, every: float, lasting: float) -> Load:
     """rate, and factor * rate in the last `lasting` of every `every` seconds."""
     return lambda time: rate * factor if time % every >= every - lasting else rate
+
+
+def assumed_seconds() -> list[float]:
+    """A thousand times where none were recorded: log-normal, mean 40 ms, deviation 30 % of it."""
+    variance = math.log(1 + 0.3**2)
+    normal = NormalDist(math.log(0.04) - variance / 2, math.sqrt(variance))
+    return [math.exp(normal.inv_cdf((i + 0.5) / 1000)) for i in range(1000)]
 
 
 def recorded_seconds(path: Path) -> list[float]:

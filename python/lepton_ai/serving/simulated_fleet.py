@@ -37,6 +37,16 @@ class NodeKind:
             if not fits:
                 raise ValueError(f"NodeKind {self.name}: {name} is {getattr(self, name)!r}; allowed: {allowed}")
 
+    @classmethod
+    def parse(cls, text: str) -> "NodeKind":
+        """From NAME:COUNT:SPEED:PRICE:STARTUP, as the command line has it. Raises ValueError for anything else."""
+        try:
+            name, count, speed, price, startup = text.split(":")
+            values = int(count), float(speed), float(price), float(startup)
+        except ValueError as error:
+            raise ValueError(f"--node is {text!r}; allowed: NAME:COUNT:SPEED:PRICE:STARTUP") from error
+        return cls(name, *values)
+
 
 @dataclass(frozen=True)
 class FleetResult:
@@ -315,7 +325,7 @@ class SimulatedFleet:
                 while busy and busy[0][0] <= time:
                     since, number, _, _ = heappop(busy)
                     home[number][0].append((since, number))
-                # The one that was idle longest for its speed: so each gets requests in proportion to it.
+                # The one that was idle longest for its speed: so each gets requests about in proportion.
                 longest, chosen = -math.inf, None
                 for idle, speed in kinds:
                     if idle and (time - idle[0][0]) * speed > longest:
