@@ -27,12 +27,13 @@ def fixed_fleet(load: float, nodes: int, service, requests: int, queue_limit: in
     return result.scaled
 
 
-@pytest.mark.parametrize(("load", "nodes"), [(0.5, 1), (0.8, 1), (4.0, 5), (45.0, 50)])
-def test_waits_of_exponential_service(load, nodes):
+# What is left of chance after 300 000 requests grows with the queues' memory.
+@pytest.mark.parametrize(("load", "nodes", "error"), [(0.5, 1, 0.03), (0.8, 1, 0.06), (4.0, 5, 0.06), (45.0, 50, 0.15)])
+def test_waits_of_exponential_service(load, nodes, error):
     """M/M/1 and M/M/c: Erlang C."""
     found = fixed_fleet(load, nodes, EXPONENTIAL, 300_000)
     assert found.served + found.unfinished == found.requests
-    assert found.mean_wait == pytest.approx(mean_wait(load, nodes), rel=0.08)
+    assert found.mean_wait == pytest.approx(mean_wait(load, nodes), rel=error)
 
 
 def test_quantiles_of_exponential_service():

@@ -2,8 +2,8 @@
 
 Every request is an event: it arrives (Poisson, at the load's rate), waits in one queue for all nodes, first in first
 out, and takes a time drawn from recorded ones, over its node's speed. Of the idle nodes it goes to the one that has
-been idle longest for its speed, so that each gets requests about in proportion to its speed; price decides which kinds of
-nodes run. A heap of the times at which nodes become free makes this exact and quick enough for full size: about a
+been idle longest for its speed, so that each gets requests about in proportion to its speed; price decides which kinds
+of nodes run. A heap of the times at which nodes become free makes this exact and quick enough for full size: about a
 microsecond a request and fleet, so one to two minutes for an hour of 10 000 requests a second and both fleets.
 
 What is approximated:
