@@ -218,6 +218,14 @@ def test_a_rise_is_followed_ahead():
     assert flips(fleet.asked) == 0
 
 
+def test_requests_that_take_longer_are_seen_though_they_are_few():
+    policy = ScalingPolicy(1, 1000, target_latency=20.0)
+    fleet = Fleet(policy, policy.replicas_for(10, 1.0), 1.0, 5.0, 0)
+    before = fleet.run(10, 300)[-1]
+    fleet.service = 3.0
+    assert fleet.run(10, 40)[-1] > 1.5 * before
+
+
 def test_samples_and_policies_that_do_not_fit():
     autoscaler = Autoscaler(POLICY)
     autoscaler.desired(sample(5.0))

@@ -31,7 +31,8 @@ MOST_PATIENCE = 300.0  # seconds that damping lets scaling in wait, at most
 _BELOW, _ABOVE = 2.5, 3.0
 _LEAST_ANSWERS = 30  # before which too little is known to scale in
 _SOON = 10.0  # a scale-out within so many times the patience after a scale-in came soon
-# Service times are remembered for 4000 requests, but 10 seconds at least and 300 at most.
+# Service times are remembered for 4000 requests, but 10 seconds at least and 300 at most. That requests take longer
+# than before is told from those of 10 seconds.
 _MEMORY_REQUESTS, _LEAST_MEMORY, _MOST_MEMORY = 4000.0, 10.0, 300.0
 
 
@@ -133,13 +134,37 @@ class Decision:
     reason: str
 
 
+class _MeanTime:
+    """The mean of times, older ones counting less, with bounds.
+
+    The logarithm of a mean of n exponential times has a deviation of 1 / √n, whatever the times are.
+    """
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0.0
+
+    def add(self, seconds: float, count: int, keep: float) -> None:
+        """So many of that mean; what was known counts `keep` times."""
+        self._total = keep * self._total + count * seconds
+        self._count = keep * self._count + count
+
+    @property
+    def mean(self) -> float:
+        """0 without any."""
+        return self._total / self._count if self._count else 0.0
+
+    def off(self, deviations: float) -> float:
+        """The mean, so many standard deviations off."""
+        return self.mean * math.exp(deviations / math.sqrt(max(self._count, 1.0)))
+
+
 class Autoscaler:
     """Follows one fleet, from sample to sample; for a fleet of unequal replicas, count in multiples of the smallest."""
 
     def __init__(self, policy: ScalingPolicy) -> None:
         self.policy = policy
         self._rate, self._now = ArrivalRate(), Rate(0.0, 0.0, 0.0, 1.0, 0.0)
-        self._work, self._served = 0.0, 0.0  # seconds that requests took, and how many, older ones counting less
+        self._service, self._recent_service = _MeanTime(), _MeanTime()
         self._answers = 0
         self._needs: deque[tuple[float, int, int]] = deque()  # time, least and greatest need
         self._since = self._last = self._busy_at = -math.inf
@@ -201,32 +226,27 @@ class Autoscaler:
         self._answers += sample.completions
         if sample.service_seconds is not None:
             aged = max(sample.completions / _MEMORY_REQUESTS, span / _MOST_MEMORY)
-            keep = math.exp(-min(aged, span / _LEAST_MEMORY))
-            self._work = keep * self._work + sample.completions * sample.service_seconds
-            self._served = keep * self._served + sample.completions
-
-    @property
-    def _service_seconds(self) -> float:
-        return self._work / self._served if self._served else 0.0
+            recent = span / _LEAST_MEMORY
+            self._service.add(sample.service_seconds, sample.completions, math.exp(-min(aged, recent)))
+            self._recent_service.add(sample.service_seconds, sample.completions, math.exp(-recent))
 
     def _need(self, sample: LoadSample) -> tuple[int, int]:
         """The least and the greatest number of replicas that what is known by now allows, within the bounds."""
-        policy, service = self.policy, self._service_seconds
+        policy = self.policy
         idle = not (sample.waiting or sample.in_flight or sample.arrivals)
         busy = policy.clamped(0 if idle else 1)
         if not idle:
             self._busy_at = sample.time
         elif sample.time - self._busy_at >= policy.idle_after:
             return busy, busy
-        if service == 0:  # nothing was answered yet: there is nothing to tell a number from
+        if self._service.mean == 0:  # nothing was answered yet: there is nothing to tell a number from
             return busy, max(busy, self._replicas)
         rate = self._now
         low, high = rate.bounds(_BELOW, _ABOVE)
         high = max(high, rate.per_second * (1 + policy.tolerance))
         rise = rate.rise(sample.startup_seconds)
         queue = sample.waiting / policy.drain_seconds
-        # The logarithm of a mean of times has the same deviation whatever they are, for exponential ones 1 / √n.
-        error = 1 / math.sqrt(max(self._served, 1.0))
+        surely = self._recent_service.off(-_BELOW)
         least, greatest = (
             max(
                 busy,
@@ -234,8 +254,8 @@ class Autoscaler:
                 math.ceil(min((arrivals + queue) * seconds, policy.max_replicas)),
             )
             for arrivals, seconds in (
-                (low, service * math.exp(-_BELOW * error)),
-                (high, service * math.exp(_ABOVE * error)),
+                (low, max(surely, self._service.off(-_BELOW))),
+                (high, max(surely, self._service.off(_ABOVE))),
             )
         )
         return least, greatest if self._answers >= _LEAST_ANSWERS else max(greatest, self._replicas)
@@ -248,6 +268,6 @@ class Autoscaler:
         return pick(entry[column] for entry in self._needs if entry[0] >= start)
 
     def _figures(self, sample: LoadSample) -> str:
-        rate, service = self._now, self._service_seconds
+        rate, service = self._now, self._service.mean
         took = f"of {1e3 * service:.4g} ms" if service else "none answered yet"
         return f"{rate.per_second:.4g} requests/s {took}, steady for {rate.seconds:.4g} s; {sample.waiting} wait"
