@@ -122,6 +122,14 @@ def test_a_day_costs_less_than_its_peak_and_none_is_lost(latencies):
     assert found.scaled.flips <= 1
 
 
+def test_a_fleet_of_one_fast_node_turns_nothing(latencies):
+    """It is worth more than is needed, and nothing smaller is to be had."""
+    kinds = [NodeKind("gpu", 2, 4.0, price_per_hour=1.0)]
+    found = simulate(steady(20), 120, kinds, latencies, ScalingPolicy(1, 8, target_latency=0.2))
+    assert found.scaled.flips == 0
+    assert found.scaled.replica_hours == pytest.approx(120 / 3600)
+
+
 def test_failures_are_replaced_and_their_requests_sent_again(latencies):
     found = simulate(steady(1000), 240, CPUS, latencies, POLICY, failures=20.0)
     for fleet in (found.scaled, found.fixed):

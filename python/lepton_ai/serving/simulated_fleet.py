@@ -146,13 +146,14 @@ class SimulatedFleet:
         # Of all steps.
         self._latencies = LatencyHistogram()
         self._requests = self._refused = self._retried = self._flips = self._direction = 0
-        self._least = self._most = replicas
         self._wait = 0.0
         self._served_by: Counter[str] = Counter({kind.name: 0 for kind in kinds})
         self._seconds = {kind.name: 0.0 for kind in kinds}
         self._grow(0.0)
         for node in self._starting.values():
             node.ready_at = 0.0
+        # A fast node may be worth more than was missing; a scaler begins with what there is.
+        self.replicas = self._least = self._most = int(self._capacity())
 
     # Nodes
 

@@ -10,7 +10,7 @@ What is approximated:
 - Between two samples the rate of arrivals is constant, and nodes fail, are drained or are told to start only at
   samples. Those that start are ready at their own time.
 - A node runs one replica, which serves one request at a time. That it died is known at the next sample, when the
-  request that it served is sent again. Drained nodes finish theirs, and do not fail meanwhile.
+  request that it served is sent again. Drained nodes finish theirs, do not fail meanwhile, and make room at once.
 - Network, dispatch and measurement take no time, and service times do not depend on each other.
 - Quantiles are of a histogram whose bins are 0.5 % wide.
 """
