@@ -166,11 +166,9 @@ class SimulatedFleet:
         return kind.count - sum(node.kind is kind for node in (*self._nodes.values(), *self._starting.values()))
 
     def _next_kind(self, missing: float) -> NodeKind | None:
-        """What to start: the cheapest for its speed; where that is more than is missing, the cheapest that does."""
+        """What to start: the cheapest for as much of its speed as is missing."""
         spare = [kind for kind in self._kinds if self._spare(kind) > 0]
-        if not spare or spare[0].speed <= missing:
-            return spare[0] if spare else None
-        return min((kind for kind in spare if kind.speed >= missing), key=lambda kind: kind.price_per_hour)
+        return min(spare, key=lambda kind: kind.price_per_hour / min(kind.speed, missing), default=None)
 
     def _start(self, kind: NodeKind, now: float) -> None:
         self._numbered += 1
