@@ -154,6 +154,16 @@ def test_an_update_loses_nothing(latencies, spare):
     assert extra == pytest.approx(50 * 5 / 3600 if spare else 0, abs=0.02)
 
 
+def test_an_update_keeps_the_kinds_of_nodes(latencies):
+    kinds = [NodeKind("gpu", 5, 4.0, 0.1, 5.0), NodeKind("cpu", 100, 1.0, 0.1, 5.0)]
+    policy = ScalingPolicy(40, 40, target_latency=0.2)
+    base, found = (
+        simulate(steady(600), 240, kinds, latencies, policy, updates=updates).scaled for updates in ((), (30.0,))
+    )
+    assert found.served_by["gpu"] == pytest.approx(base.served_by["gpu"], rel=0.03)
+    assert found.price < 1.1 * base.price
+
+
 def test_equal_seeds_give_equal_results(latencies):
     results = [
         simulate(burst(300, 3, 30, 5), 90, CPUS, latencies, POLICY, seed=seed, failures=5.0).as_dict()

@@ -296,9 +296,9 @@ class SimulatedFleet:
             node = self._nodes[number]
             if self._spare(node.kind) > 0:
                 node.leaving = True
-                self._start(node.kind, now)
-            else:  # its own place is the only one; who grows next takes it
+            else:  # its own place is the only one
                 self._drain([number], now)
+            self._start(node.kind, now)
 
     # Requests
 
