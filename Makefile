@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-sparse bench-convolution bench-codec bench-pipeline 
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) bench-dist bench-tune chaos fuzz arm-check avx512-check cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) bench-dist bench-tune bench-simulate chaos fuzz arm-check avx512-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -45,6 +45,8 @@ bench-dist: .venv/.native ## Distributed training: link speeds (root, ip and tc)
 	$(BIN)/python bench/distributed.py $(ARGS)
 bench-tune: .venv/.native ## lepton tune on MiniLM, by size and by latency; prints tables, draws the fronts
 	$(BIN)/python bench/tune.py $(ARGS)
+bench-simulate: .venv/.native ## The scaling policy on fleets of up to 500 simulated nodes; prints a table
+	$(BIN)/python bench/simulate.py $(ARGS)
 $(BENCHES): bench-%: .venv/.native .venv/.bench
 	$(BIN)/python bench/run.py $* $(ARGS)
 

@@ -386,6 +386,8 @@ def bench(
         return
     table = Table(show_header=False, box=None)
     for name, value in figures.items():
+        if isinstance(value, list):  # single latencies, for --json
+            continue
         shown = _bytes(value) if name.endswith("bytes") else f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     console.print(table)
@@ -617,6 +619,75 @@ def deploy(
         target.write_text(k8s.to_yaml(objects))
     typer.echo(f"a replica takes {taken}")
     typer.echo(f"wrote {target}: {', '.join(manifest['kind'] for manifest in objects)}")
+
+
+@app.command()
+def simulate(
+    load: Annotated[str, typer.Option(help="steady, diurnal, step or burst: how requests come.")] = "steady",
+    rate: Annotated[float, typer.Option(min=0.0, help="Requests a second, outside of steps and bursts.")] = 100.0,
+    factor: Annotated[
+        float, typer.Option(min=0.0, help="Times the rate in the middle third (step), ten seconds a minute (burst).")
+    ] = 3.0,
+    minutes: Annotated[float, typer.Option(help="How long; diurnal: one day in so many, to --rate and back.")] = 10.0,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:COUNT:SPEED:PRICE:STARTUP: nodes to be had, price an hour, seconds; several allowed."),
+    ] = None,
+    latencies: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recorded service times at speed 1: seconds, one a line, or what lepton bench --json printed. "
+            "Default: log-normal, mean 40 ms.", exists=True, dir_okay=False,
+        ),
+    ] = None,
+    target_latency: Annotated[float, typer.Option(help="Seconds that 99 % of the answers should stay within.")] = 0.2,
+    utilization: Annotated[float, typer.Option(help="Share of the time that nodes should be busy.")] = 0.8,
+    least: Annotated[int, typer.Option("--min", help="Replicas, in nodes of speed 1, at least.")] = 1,
+    most: Annotated[int | None, typer.Option("--max", help="And at most. Default: what the nodes are worth.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; others are refused.")] = 10_000,
+    failures: Annotated[float, typer.Option(help="Share of the nodes that die in an hour.")] = 0.0,
+    update: Annotated[float | None, typer.Option(help="Minute at which all nodes begin to be replaced.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What scaling with the load would cost and how long requests would take, beside a fleet sized for the peak."""
+    from lepton_ai.serving import loads
+    from lepton_ai.serving.autoscaler import ScalingPolicy
+    from lepton_ai.serving.simulated_fleet import NodeKind
+    from lepton_ai.serving.simulation import simulate as simulated
+
+    seconds = 60 * minutes
+    with _errors():
+        shapes = {
+            "steady": loads.steady(rate),
+            "diurnal": loads.diurnal(rate, period=seconds),
+            "step": loads.step(rate, factor, seconds / 3, 2 * seconds / 3),
+            "burst": loads.burst(rate, factor, 60, 10),
+        }
+        if load not in shapes:
+            raise ValueError(f"--load is {load!r}; allowed: {', '.join(shapes)}")
+        kinds = [NodeKind.parse(text) for text in node or ("node:1000:1:1:20",)]
+        worth = int(sum(kind.count * kind.speed for kind in kinds))
+        policy = ScalingPolicy(
+            least, worth if most is None else most, target_latency=target_latency, target_utilization=utilization
+        )
+        times = loads.recorded_seconds(latencies) if latencies else loads.assumed_seconds()
+        result = simulated(
+            shapes[load], seconds, kinds, times, policy, seed=seed, failures=failures,
+            updates=() if update is None else (60 * update,), queue_limit=queue,
+        )  # fmt: skip
+    found = result.as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(title=f"{load}, {minutes:g} minutes, seed {seed}")
+    table.add_column("")
+    for name in ("scaled", "fixed"):
+        table.add_column(name, justify="right")
+    for name, value in found["scaled"].items():
+        cells = (value, found["fixed"][name])
+        table.add_row(name.replace("_", " "), *(f"{c:,.4g}" if isinstance(c, float) else str(c) for c in cells))
+    console.print(table)
 
 
 def main() -> None:
