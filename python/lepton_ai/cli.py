@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -414,8 +415,11 @@ def serve(
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
     engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
     max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="With ray: as the load asks for, between --replicas and so many.")
+        int | None, typer.Option(min=1, help="As many as the load asks for, from --replicas up to so many.")
     ] = None,
+    target_latency: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that 99 of 100 requests should wait and take; local engine.")
+    ] = 0.5,
     address: Annotated[
         str | None, typer.Option(help="With ray: of the cluster; auto: the one here. Default: one of its own.")
     ] = None,
@@ -432,13 +436,16 @@ def serve(
     with _errors():
         if model is not None and ":" in model and (code := Path(model.rpartition(":")[0])).is_file():
             model = f"{code.resolve()}:{model.rpartition(':')[2]}"  # replicas may be in another folder
-        only_ray = {"--max-replicas": max_replicas, "--address": address}
         if engine not in ("local", "ray"):
             raise ValueError(f"--engine is {engine!r}; allowed: local, ray")
-        for option, value in only_ray.items():
-            if value is not None and engine == "local":
-                raise ValueError(f"{option} is {value} with --engine local; allowed: with --engine ray")
+        if address is not None and engine == "local":
+            raise ValueError(f"--address is {address} with --engine local; allowed: with --engine ray")
+        most = replicas if max_replicas is None else max_replicas
+        if most < replicas:
+            raise ValueError(f"--max-replicas is {most} with --replicas {replicas}; allowed: as many or more")
         try:
+            from lepton_ai.serving.autoscaler import ScalingPolicy
+            from lepton_ai.serving.autoscaling import autoscale
             from lepton_ai.serving.engine import Engine, ReplicaError
             from lepton_ai.serving.http import ServingEngine, run
 
@@ -453,7 +460,7 @@ def serve(
         from lepton_ai.serving.replica import ReplicaSpec
 
         size = file.stat().st_size
-        placement = ResourceManager(replicas, replicas).place(size) if engine == "local" else None
+        placement = ResourceManager(most, most).place(size) if engine == "local" else None
         cores = placement.cores if placement is not None and threads is None else ()
         if placement is not None:
             threads = placement.threads if threads is None else threads
@@ -475,7 +482,10 @@ def serve(
             def announce(bound: int) -> None:
                 typer.echo(f"{file} at http://{host}:{bound}: {replicas} replicas, {threads} threads each")
 
-            await run(make_engine(), host, port, grace, announce, max_body=max_body)
+            made, beside = make_engine(), None
+            if isinstance(made, Engine) and most > replicas:
+                beside = partial(autoscale, made, ScalingPolicy(replicas, most, target_latency))
+            await run(made, host, port, grace, announce, beside, max_body=max_body)
 
         try:
             asyncio.run(serving())

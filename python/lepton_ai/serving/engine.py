@@ -47,6 +47,22 @@ class Answer:
     model: float = 0.0
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do and has done: replicas and requests now; arrivals (refused ones too), completions and
+    the seconds that replicas spent on these, since its start; seconds that a replica's start takes.
+    """
+
+    ready: int
+    starting: int
+    waiting: int
+    in_flight: int
+    arrivals: int
+    completions: int
+    work: float
+    startup: float
+
+
 @dataclass(eq=False)
 class _Request:
     body: bytes
@@ -118,6 +134,7 @@ class Engine:
         self._closing = False
         self._changed = asyncio.Condition()
         self._start_error: ReplicaError | None = None
+        self._arrivals, self._completions, self._work, self._startup = 0, 0, 0.0, 0.0
 
     async def __aenter__(self) -> "Engine":
         await self.start()
@@ -149,6 +166,7 @@ class Engine:
 
     async def infer(self, body: bytes) -> Answer:
         """The answer to a request (service.py). Raises OverloadedError when it can not be queued."""
+        self._arrivals += 1
         if self._closing:
             raise OverloadedError("the server is closing")
         if len(self._waiting) >= self._max_waiting or self._waiting_bytes + len(body) > self._max_bytes:
@@ -194,6 +212,15 @@ class Engine:
             self._release(replica)
         if self._lives:
             await asyncio.wait(self._lives)
+
+    def load(self) -> Load:
+        """What a scaling policy is decided on."""
+        starting = sum(replica.state == "starting" for replica in self.replicas)
+        in_flight = sum(len(replica.has) for replica in self.replicas)
+        return Load(
+            self.ready, starting, len(self._waiting), in_flight, self._arrivals, self._completions, self._work,
+            self._startup,
+        )  # fmt: skip
 
     def startups(self) -> Sequence[tuple[int, Startup]]:
         """Of each replica that is there, by number."""
@@ -332,6 +359,7 @@ class Engine:
             if failed:
                 raise ReplicaError(told.decode())
             replica.startup = Startup.of_json(told)
+            self._startup = replica.startup.total
             if replica.state == "starting":
                 replica.state = "ready"
             await self._notify()
@@ -358,6 +386,7 @@ class Engine:
     ) -> None:
         replica.has = []
         replica.served += len(batch)
+        self._completions, self._work = self._completions + len(batch), self._work + took
         each = took / len(batch)
         replica.seconds = each if replica.seconds == 0 else replica.seconds + _SMOOTHING * (each - replica.seconds)
         self.metrics.batch.observe(len(batch))

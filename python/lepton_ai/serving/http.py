@@ -9,7 +9,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,11 +184,20 @@ async def serving(engine: ServingEngine, host: str, port: int, **limits: Any) ->
         bound.close()
 
 
-async def run(engine: ServingEngine, host: str, port: int, grace: float, announce: Any, **limits: Any) -> None:
+async def run(
+    engine: ServingEngine,
+    host: str,
+    port: int,
+    grace: float,
+    announce: Callable[[int], None],
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    **limits: Any,
+) -> None:
     """Starts the engine and serves until SIGTERM or SIGINT; then answers what it has, in at most `grace` seconds.
 
     SIGHUP replaces the replicas one by one, SIGTTIN adds one and SIGTTOU takes one away, as gunicorn does.
-    announce: is called with the port once requests are taken.
+    announce: is called with the port once requests are taken. beside: what runs from then until the end, such as
+    autoscale.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     updates: set[asyncio.Task[None]] = set()
@@ -209,10 +218,17 @@ async def run(engine: ServingEngine, host: str, port: int, grace: float, announc
         starting = asyncio.create_task(engine.start())
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        tasks = [starting, waiting]
         if starting.done():
             await starting
             announce(bound)
-            await waiting
+            if beside is not None:
+                tasks.append(asyncio.create_task(beside()))
+            await asyncio.wait(tasks[1:], return_when=asyncio.FIRST_COMPLETED)
         await engine.close(grace)
-        starting.cancel()
-        waiting.cancel()
+        failed = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+        for task in tasks:
+            task.cancel()
+        for error in failed:
+            if error is not None:
+                raise error

@@ -34,6 +34,9 @@ class Metrics:
         self.retries = Counter(
             "lepton_retries", "Requests asked of another replica after theirs died.", registry=registry
         )
+        self.scalings = Counter(
+            "lepton_scalings", "Times that the number of replicas was changed.", ["direction"], registry=registry
+        )
         self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
         self.answered = 0
 
@@ -45,6 +48,10 @@ class Metrics:
             self.seconds.observe(seconds)
             self.overhead.observe(overhead)
             self._recent.append((seconds, overhead))
+
+    def scaled(self, by: int) -> None:
+        """Counts a change of the number of replicas."""
+        self.scalings.labels("out" if by > 0 else "in").inc()
 
     def log(self, text: str) -> None:
         """A line in the log."""
