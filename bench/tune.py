@@ -13,9 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from conftest import cpu_model
 from lepton_ai import LeptonModel
 from lepton_ai.calibration import SENTENCES, texts
-from lepton_ai.doctor import diagnose
 from lepton_ai.fidelity import fidelity, output_vectors
 from lepton_ai.measure import token_batch
 from lepton_ai.tuning import TuneResult, tune
@@ -54,7 +54,7 @@ def main() -> None:
     model, known = LeptonModel(FOLDER), set(SENTENCES.read_text().splitlines())
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
     others = batches(tokenizer, [text for text in sentences() if text not in known])
-    machine = re.sub(r"\W+", "-", diagnose()["cpu"]).strip("-").lower()
+    machine = "-".join(re.findall("[a-z0-9]+", cpu_model().lower()))
     for part in [arguments.only] if arguments.only else PARTS:
         minimize, batch = PARTS[part]
         example = token_batch(model.model, batch, TOKENS)

@@ -5,12 +5,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton_ai import compression, distributed, training, tuning
+    from lepton_ai import compression, distributed, serving, training, tuning
     from lepton_ai.distributed.model import LeptonDistributedModel
     from lepton_ai.model import CompressedModel, LeptonModel
     from lepton_ai.resources import ResourceManager
 
-_SUBPACKAGES = ("compression", "distributed", "training", "tuning")
+_SUBPACKAGES = ("compression", "distributed", "serving", "training", "tuning")
 _HOMES = {
     "CompressedModel": "lepton_ai.model", "LeptonModel": "lepton_ai.model",
     "LeptonDistributedModel": "lepton_ai.distributed.model", "ResourceManager": "lepton_ai.resources",
@@ -23,6 +23,7 @@ __all__ = [
     "ResourceManager",
     "compression",
     "distributed",
+    "serving",
     "training",
     "tuning",
 ]

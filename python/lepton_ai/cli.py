@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -386,8 +387,316 @@ def bench(
         return
     table = Table(show_header=False, box=None)
     for name, value in figures.items():
+        if isinstance(value, list):  # single latencies, for --json
+            continue
         shown = _bytes(value) if name.endswith("bytes") else f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
+    console.print(table)
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="A model file that lepton compress wrote.", exists=True, dir_okay=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder: requests may be texts.", exists=True, file_okay=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The architecture, where the file does not hold it: 'package.module:name'.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: on all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any that is free.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that answer, on cores of their own.")] = 1,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="A request's body to warm up with, where none can be made.", exists=True)
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes that a request may have.")] = 1 << 20,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 503.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered 504.")] = 30.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in after SIGTERM.")] = 30.0,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="As many as the load asks for, from --replicas up to so many.")
+    ] = None,
+    target_latency: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that 99 of 100 requests should wait and take; local engine.")
+    ] = 0.5,
+    address: Annotated[
+        str | None, typer.Option(help="With ray: of the cluster; auto: the one here. Default: one of its own.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a replica; with ray: its CPUs. Given, they have no cores of their own: the system deals them, as "
+            "it has to in a container with a limit. Default: a share of this machine, 1 in another cluster.",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model file over HTTP: POST /infer, a live page at /, Prometheus at /metrics."""
+    with _errors():
+        if model is not None and ":" in model and (code := Path(model.rpartition(":")[0])).is_file():
+            model = f"{code.resolve()}:{model.rpartition(':')[2]}"  # replicas may be in another folder
+        if engine not in ("local", "ray"):
+            raise ValueError(f"--engine is {engine!r}; allowed: local, ray")
+        if address is not None and engine == "local":
+            raise ValueError(f"--address is {address} with --engine local; allowed: with --engine ray")
+        most = replicas if max_replicas is None else max_replicas
+        if most < replicas:
+            raise ValueError(f"--max-replicas is {most} with --replicas {replicas}; allowed: as many or more")
+        try:
+            from lepton_ai.serving.autoscaler import ScalingPolicy
+            from lepton_ai.serving.autoscaling import autoscale
+            from lepton_ai.serving.engine import Engine, ReplicaError
+            from lepton_ai.serving.http import ServingEngine, run
+
+            if engine == "ray":
+                from lepton_ai.serving.ray_engine import RayEngine
+        except ImportError as error:
+            extra = "ray" if engine == "ray" else "serve"
+            raise ImportError(f"serve needs {error.name}: pip install 'lepton-kernels[{extra}]'") from error
+        import asyncio
+
+        from lepton_ai.resources import ResourceManager, usable_cores
+        from lepton_ai.serving.replica import ReplicaSpec
+
+        size = file.stat().st_size
+        placement = ResourceManager(most, most).place(size) if engine == "local" else None
+        cores = placement.cores if placement is not None and threads is None else ()
+        if placement is not None:
+            threads = placement.threads if threads is None else threads
+        elif threads is None:
+            threads = 1 if address else max(1, len(usable_cores()) // (max_replicas or replicas))
+        spec = ReplicaSpec(
+            str(file.resolve()), model, str(tokenizer.resolve()) if tokenizer else None,
+            warm_up.read_text() if warm_up else None, threads,
+        )  # fmt: skip
+
+        def make_engine() -> ServingEngine:
+            if placement is not None:
+                return Engine(spec, replicas, cores=cores, max_waiting=max_waiting, timeout=timeout)
+            return RayEngine(
+                spec, replicas, max_replicas, address=address, memory=size, max_waiting=max_waiting, timeout=timeout
+            )
+
+        async def serving() -> None:
+            def announce(bound: int) -> None:
+                typer.echo(f"{file} at http://{host}:{bound}: {replicas} replicas, {threads} threads each")
+
+            made, beside = make_engine(), None
+            if isinstance(made, Engine) and most > replicas:
+                beside = partial(autoscale, made, ScalingPolicy(replicas, most, target_latency))
+            await run(made, host, port, grace, announce, beside, max_body=max_body)
+
+        try:
+            asyncio.run(serving())
+        except ReplicaError as error:
+            raise ValueError(str(error)) from error
+
+
+@app.command()
+def chaos(
+    file: Annotated[Path, typer.Argument(help="A model file that lepton compress wrote.", exists=True, dir_okay=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder: requests are texts.", exists=True, file_okay=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The architecture, as in serve.")] = None,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="The request's body that is sent, where it is not of texts.", exists=True)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long, 5 to 3600.")] = 60.0,
+    clients: Annotated[int, typer.Option(help="Clients that each wait for their answer.")] = 8,
+    replicas: Annotated[int, typer.Option(help="Processes that answer.")] = 2,
+    kill: Annotated[int, typer.Option(help="Replicas that are killed.")] = 10,
+    freeze: Annotated[int, typer.Option(help="Replicas that are stopped in their tracks.")] = 0,
+    scale: Annotated[int, typer.Option(help="How often a replica is added and taken away.")] = 1,
+    update: Annotated[int, typer.Option(help="How often all replicas are replaced.")] = 1,
+    node: Annotated[int, typer.Option(help="Nodes that die, with --engine ray.")] = 0,
+    engine: Annotated[str, typer.Option(help="local, or ray: a cluster on this machine, made for the run.")] = "local",
+    seed: Annotated[int, typer.Option(help="Of the events and their times.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Kill, freeze, scale and update a server of this machine under load; exit code 1 where a request was lost."""
+    import asyncio
+
+    with _errors():
+        try:
+            from lepton_ai.serving import chaos as chaotic
+
+            if engine == "ray":
+                import ray  # noqa: F401 - before a server is started that needs it
+        except ImportError as error:
+            extra = "ray" if engine == "ray" else "serve"
+            raise ImportError(f"chaos needs {error.name}: pip install 'lepton-kernels[{extra}]'") from error
+        from lepton_ai.calibration import SENTENCES
+
+        plan = chaotic.ChaosPlan(
+            seconds, clients, replicas, kill, freeze, scale, update, node, seed=seed, engine=engine
+        )
+        if (tokenizer is None) == (warm_up is None):
+            raise ValueError("--tokenizer and --warm-up: allowed: one of them, to make requests of")
+        options = [str(file)]
+        for name, value in (("--tokenizer", tokenizer), ("--model", model), ("--warm-up", warm_up)):
+            options += [] if value is None else [name, str(value)]
+        bodies = [warm_up.read_bytes()] if warm_up else chaotic.texts_of(SENTENCES.read_text().splitlines())
+        watch = None if as_json else lambda line: typer.echo(line, err=True)
+        report = asyncio.run(chaotic.chaos(options, bodies, plan, watch))
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+    if not report.fine:
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    file: File,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write NAME.yaml to.", file_okay=False)],
+    image: Annotated[str, typer.Option(help="The image that holds Lepton: a tag other than latest, or a digest.")],
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Write manifests for Kubernetes.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="A RayService for KubeRay instead of a Deployment; this version of Ray is in the image."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of all objects. Default: by FILE's name.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Default: that of whoever applies.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Where FILE is in the image (/...), or in the claim (default: its name).")
+    ] = None,
+    claim: Annotated[str | None, typer.Option(help="The PersistentVolumeClaim that holds FILE.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where each pod fetches FILE: http or https.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its folder as the container sees it; a claim is mounted at /models.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="The fewest pods.")] = 2,
+    max_replicas: Annotated[int, typer.Option(help="The most; as many as --replicas: no autoscaler.")] = 10,
+    cpu_target: Annotated[int, typer.Option(help="Percent of the cores that the autoscaler keeps busy.")] = 70,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="A Prometheus metric of each pod to scale by as well, such as lepton_requests_per_second."),
+    ] = None,
+    metric_target: Annotated[
+        float | None,
+        typer.Option(help="Its average a pod. Default: the requests a second that keep it busy for --cpu-target."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the container; the Service has 80.")] = 8000,
+    grace: Annotated[int, typer.Option(help="Seconds that a leaving pod has to answer what it was asked.")] = 30,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What a replica's process takes at most, such as 800Mi. With --cores nothing is measured."),
+    ] = None,
+    cores: Annotated[int | None, typer.Option(help="Of a replica. Default: all of this machine.")] = None,
+    request_seconds: Annotated[float | None, typer.Option(help="Of one request; with --memory.")] = None,
+    startup_seconds: Annotated[float | None, typer.Option(help="Until it is ready; with --memory (60).")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of the largest call, where it is measured.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of each, likewise.")] = 128,
+) -> None:
+    """Write manifests that run a model file on Kubernetes, with the resources that a replica took here."""
+    from lepton_ai.serving import kuberay, workload
+    from lepton_ai.serving import kubernetes as k8s
+    from lepton_ai.serving.profile import ReplicaProfile, profile
+
+    with _errors():
+        if not kubernetes:
+            raise ValueError("deploy: nowhere to; allowed: --kubernetes")
+        if metric_target is not None and metric is None:
+            raise ValueError(f"metric_target is {metric_target:g} without --metric; allowed: both")
+        if memory is not None and cores is None:
+            raise ValueError(f"memory is {memory} without --cores; allowed: both, --cores alone, or neither")
+        for option, seconds in (("request_seconds", request_seconds), ("startup_seconds", startup_seconds)):
+            if seconds is not None and memory is None:
+                raise ValueError(f"{option} is {seconds:g} without --memory; allowed: both, else it is measured")
+        if metric is not None and memory is not None and metric_target is None and request_seconds is None:
+            raise ValueError(f"metric is {metric} where nothing is measured; allowed: with --metric-target")
+        source = workload.model_source(file, path=path, claim=claim, url=url)
+        if memory is not None and cores is not None:
+            taken = ReplicaProfile(
+                workload.parse_memory(memory), cores, 1.0 if request_seconds is None else request_seconds,
+                60.0 if startup_seconds is None else startup_seconds,
+            )  # fmt: skip
+        else:
+            taken = profile(file, cores=cores, batch=batch, tokens=tokens)
+        busy = cpu_target / 100 / taken.seconds_per_request if metric_target is None else metric_target
+        asked = workload.Workload(
+            workload.name_of(file) if name is None else name, image, source, workload.sha256_of(file), taken,
+            namespace=namespace, tokenizer=tokenizer, replicas=replicas, max_replicas=max_replicas,
+            cpu_target=cpu_target, metric=None if metric is None else workload.PodMetric(metric, busy), port=port,
+            grace_seconds=grace,
+        )  # fmt: skip
+        objects = k8s.manifests(asked) if ray is None else kuberay.manifests(asked, ray)
+        output.mkdir(parents=True, exist_ok=True)
+        target = output / f"{asked.name}.yaml"
+        target.write_text(k8s.to_yaml(objects))
+    typer.echo(f"a replica takes {taken}")
+    typer.echo(f"wrote {target}: {', '.join(manifest['kind'] for manifest in objects)}")
+
+
+@app.command()
+def simulate(
+    load: Annotated[str, typer.Option(help="steady, diurnal, step or burst: how requests come.")] = "steady",
+    rate: Annotated[float, typer.Option(min=0.0, help="Requests a second, outside of steps and bursts.")] = 100.0,
+    factor: Annotated[
+        float, typer.Option(min=0.0, help="Times the rate in the middle third (step), ten seconds a minute (burst).")
+    ] = 3.0,
+    minutes: Annotated[float, typer.Option(help="How long; diurnal: one day in so many, to --rate and back.")] = 10.0,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:COUNT:SPEED:PRICE:STARTUP: nodes to be had, price an hour, seconds; several allowed."),
+    ] = None,
+    latencies: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recorded service times at speed 1: seconds, one a line, or what lepton bench --json printed. "
+            "Default: log-normal, mean 40 ms.", exists=True, dir_okay=False,
+        ),
+    ] = None,
+    target_latency: Annotated[float, typer.Option(help="Seconds that 99 % of the answers should stay within.")] = 0.2,
+    utilization: Annotated[float, typer.Option(help="Share of the time that nodes should be busy.")] = 0.8,
+    least: Annotated[int, typer.Option("--min", help="Replicas, in nodes of speed 1, at least.")] = 1,
+    most: Annotated[int | None, typer.Option("--max", help="And at most. Default: what the nodes are worth.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; others are refused.")] = 10_000,
+    failures: Annotated[float, typer.Option(help="Share of the nodes that die in an hour.")] = 0.0,
+    update: Annotated[float | None, typer.Option(help="Minute at which all nodes begin to be replaced.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What scaling with the load would cost and how long requests would take, beside a fleet sized for the peak."""
+    from lepton_ai.serving import loads
+    from lepton_ai.serving.autoscaler import ScalingPolicy
+    from lepton_ai.serving.simulated_fleet import NodeKind
+    from lepton_ai.serving.simulation import simulate as simulated
+
+    seconds = 60 * minutes
+    with _errors():
+        shapes = {
+            "steady": loads.steady(rate),
+            "diurnal": loads.diurnal(rate, period=seconds),
+            "step": loads.step(rate, factor, seconds / 3, 2 * seconds / 3),
+            "burst": loads.burst(rate, factor, 60, 10),
+        }
+        if load not in shapes:
+            raise ValueError(f"--load is {load!r}; allowed: {', '.join(shapes)}")
+        kinds = [NodeKind.parse(text) for text in node or ("node:1000:1:1:20",)]
+        worth = int(sum(kind.count * kind.speed for kind in kinds))
+        policy = ScalingPolicy(
+            least, worth if most is None else most, target_latency=target_latency, target_utilization=utilization
+        )
+        times = loads.recorded_seconds(latencies) if latencies else loads.assumed_seconds()
+        result = simulated(
+            shapes[load], seconds, kinds, times, policy, seed=seed, failures=failures,
+            updates=() if update is None else (60 * update,), queue_limit=queue,
+        )  # fmt: skip
+    found = result.as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(title=f"{load}, {minutes:g} minutes, seed {seed}")
+    table.add_column("")
+    for name in ("scaled", "fixed"):
+        table.add_column(name, justify="right")
+    for name, value in found["scaled"].items():
+        cells = (value, found["fixed"][name])
+        table.add_row(name.replace("_", " "), *(f"{c:,.4g}" if isinstance(c, float) else str(c) for c in cells))
     console.print(table)
 
 

@@ -21,8 +21,8 @@ from lepton_kernels.sparse.calibration import call, evaluating
 _ROUNDS = 5  # in which the candidates take turns: a noisy moment hits all of them
 
 
-def median_seconds(call: Callable[[], Any], seconds: float = 2.0, least: int = 5) -> float:
-    """The median time of call(), run once before and then for about `seconds`."""
+def call_seconds(call: Callable[[], Any], seconds: float = 2.0, least: int = 5) -> list[float]:
+    """The times of call(), run once before and then for about `seconds`."""
     call()
     times: list[float] = []
     stop = time.perf_counter() + seconds
@@ -30,7 +30,7 @@ def median_seconds(call: Callable[[], Any], seconds: float = 2.0, least: int = 5
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return median(times)
+    return times
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def token_batch(model: Any, batch: int, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def bench_file(path: Path, batches: tuple[int, ...], tokens: int, seconds: float) -> dict[str, Any]:
-    """Load and decode speed of a file, and, where it holds a Hugging Face model, the median latency of each batch."""
+    """Load and decode speed of a file, and, where it holds a Hugging Face model, the latencies of each batch."""
     from lepton_ai.model import CompressedModel  # which imports this file
 
     file = ModelFile.open(path)
@@ -169,7 +169,7 @@ def bench_file(path: Path, batches: tuple[int, ...], tokens: int, seconds: float
         for name in file.entries:
             file.read(name)
 
-    decode_s = median_seconds(decode, seconds)
+    decode_s = median(call_seconds(decode, seconds))
     out: dict[str, Any] = {
         "file_bytes": path.stat().st_size, "decoded_bytes": size, "decode_s": decode_s,
         "decode_gb_per_s": size / decode_s / 1e9, "threads": torch.get_num_threads(),
@@ -184,5 +184,7 @@ def bench_file(path: Path, batches: tuple[int, ...], tokens: int, seconds: float
     with torch.inference_mode():
         for batch in batches:
             inputs = token_batch(model.model, batch, tokens)
-            out[f"latency_ms_batch_{batch}"] = 1e3 * median_seconds(partial(model, **inputs), seconds)
+            times = call_seconds(partial(model, **inputs), seconds)
+            out[f"latency_ms_batch_{batch}"] = 1e3 * median(times)
+            out[f"latencies_s_batch_{batch}"] = times
     return out

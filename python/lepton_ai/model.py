@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ class CompressionReport:
     """What compress did: bytes of the weights before and after, of the file once saved, and a report for each step.
 
     layer_codecs: of layers that a recipe gives another codec than `codec`. measured: what CompressedModel.measure found
-    last.
+    last. load_seconds: what CompressedModel.load took, by "decode" (reading among it) and "build".
     """
 
     bytes_before: int
@@ -44,6 +45,7 @@ class CompressionReport:
     steps: list[str] = field(default_factory=list)
     measured: Measurement | None = None
     layer_codecs: dict[str, str] = field(default_factory=dict)
+    load_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -146,18 +148,23 @@ class CompressedModel:
         fuse: as in Quantization. Raises CorruptDataError for a damaged file, ValueError when `model` is missing or does
         not fit.
         """
+        start = time.perf_counter()
         file = ModelFile.open(path)
         if model is None:
             if CONFIG_KEY not in file.metadata:
                 raise ValueError(f"load: {path} does not say what model it holds; pass model=, the architecture")
             model = model_of_config(file.metadata[CONFIG_KEY])
+        built = time.perf_counter()
         lk.load(path, model=model)
+        decoded = time.perf_counter()
         after = _state_bytes(model)
         codec, layer_codecs = _codecs_of(file)
         size = Path(path).stat().st_size
         report = CompressionReport(after, after, codec, size, layer_codecs=layer_codecs)
         if fuse:
             report.fusion = lk.fuse_(model, optional=True)
+        build = built - start + time.perf_counter() - decoded
+        report.load_seconds = {"decode": decoded - built, "build": build}
         return cls(model, report)
 
     def trainable(self, *, mask_from: float | None = None) -> nn.Module:

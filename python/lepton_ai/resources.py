@@ -60,6 +60,9 @@ def free_memory() -> int:
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has held."""
+    # Not getrusage where there is this: what it tells of a new program counts in the process that started it.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -75,6 +78,11 @@ class ResourceManager:
     def __init__(
         self, min_workers: int = 1, max_workers: int | None = None, *, engine: str = "local", max_restarts: int = 3
     ) -> None:
+        if engine == "ray":
+            raise ValueError(
+                "ResourceManager: engine is 'ray', which places replicas and no trainers; allowed: 'local' here, and "
+                "lepton serve --engine ray (lepton_ai.serving.ray_engine.RayEngine) to serve"
+            )
         if engine not in ENGINES:
             raise ValueError(f"ResourceManager: engine is {engine!r}; allowed: {', '.join(ENGINES)}")
         if min_workers < 1:

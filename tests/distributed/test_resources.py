@@ -14,6 +14,7 @@ from lepton_ai import ResourceManager, resources
     ("arguments", "text"),
     [
         ({"engine": "slurm"}, "engine is 'slurm'; allowed: local"),
+        ({"engine": "ray"}, "engine is 'ray', .*; allowed: 'local' here, and lepton serve --engine ray"),
         ({"min_workers": 0}, "min_workers is 0; allowed: 1 or more"),
         ({"min_workers": 3, "max_workers": 2}, r"max_workers is 2; allowed: None, or min_workers \(3\) or more"),
         ({"max_restarts": -1}, "max_restarts is -1; allowed: 0 or more"),
@@ -67,6 +68,12 @@ def test_what_the_machine_has():
     assert resources.usable_cores()
     assert resources.free_memory() > 0
     assert resources.peak_memory() > 1 << 20
+
+
+def test_peak_memory_is_that_of_this_process_and_not_of_its_parent(run_python):
+    ballast = torch.ones(2**30, dtype=torch.uint8)
+    child = int(run_python("from lepton_ai.resources import peak_memory\nprint(peak_memory())"))
+    assert child < ballast.nbytes < resources.peak_memory()
 
 
 def entry(folder: Path, what: str) -> tuple[float, int, int]:
