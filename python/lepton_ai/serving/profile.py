@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -77,7 +78,7 @@ def _measured(path: str, cores: int, batch: int, tokens: int, seconds: float, be
     """What this process, which is there for nothing else, finds; began: time.time() when it was asked for."""
     import torch
 
-    from lepton_ai.measure import median_seconds, token_batch
+    from lepton_ai.measure import call_seconds, token_batch
     from lepton_ai.model import CompressedModel
     from lepton_ai.resources import peak_memory, usable_cores
 
@@ -90,7 +91,7 @@ def _measured(path: str, cores: int, batch: int, tokens: int, seconds: float, be
         model(**one)
         startup = time.time() - began
         model(**token_batch(model.model, batch, tokens))
-        return ReplicaProfile(peak_memory(), cores, median_seconds(partial(model, **one), seconds), startup)
+        return ReplicaProfile(peak_memory(), cores, median(call_seconds(partial(model, **one), seconds)), startup)
 
 
 if __name__ == "__main__":
