@@ -71,3 +71,25 @@ def bert_config():
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=150,
         max_position_embeddings=64,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def compressed():
+    """The model of the tests in serving/, compressed."""
+    from lepton_ai import LeptonModel
+    from lepton_ai.compression import Compression, Quantization
+    from net import make
+
+    return LeptonModel(make()).compress(Quantization("w8a8"), Compression("huffman"))
+
+
+@pytest.fixture(scope="session")
+def spec(compressed, tmp_path_factory):
+    """What a replica needs to serve it."""
+    pytest.importorskip("starlette")
+    import net
+    from lepton_ai.serving.replica import ReplicaSpec
+
+    path = tmp_path_factory.mktemp("serving") / "net.safetensors"
+    compressed.save(path)
+    return ReplicaSpec(str(path), f"{net.__file__}:make", warm_up=net.body(1.0).decode())
