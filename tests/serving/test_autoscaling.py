@@ -10,11 +10,11 @@ from net import body
 
 
 def test_samples_are_differences():
-    before = Load(1, 0, 0, 0, arrivals=10, completions=8, work=0.8, startup=3.0)
-    now = Load(2, 1, 4, 3, arrivals=30, completions=18, work=2.8, startup=3.5)
+    before = Load(1, 0, 0, 0, arrivals=10, completions=8, work=0.5, startup=3.0)
+    now = Load(2, 1, 4, 3, arrivals=30, completions=18, work=3.0, startup=3.5)
     found = sample(before, now, 7.0)
     assert (found.time, found.ready, found.starting, found.waiting, found.in_flight) == (7.0, 2, 1, 4, 3)
-    assert (found.arrivals, found.completions, found.service_seconds, found.startup_seconds) == (20, 10, 0.2, 3.5)
+    assert (found.arrivals, found.completions, found.service_seconds, found.startup_seconds) == (20, 10, 0.25, 3.5)
     assert sample(now, now, 8.0).service_seconds is None
 
 
