@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lepton_kernels import model_file
-from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
+from lepton_kernels.fused_path import disable_fused_path
 from lepton_kernels.nn import QuantEmbedding, QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.scheme import QuantScheme

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lepton_kernels._backends import kernel_name, recurrent_kernel_name
-from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
+from lepton_kernels.fused_path import disable_fused_path
 from lepton_kernels.nn import QuantEmbedding, QuantLinear
 from lepton_kernels.nn import quant_recurrent as recurrent
 from lepton_kernels.quantizers import check_step, with_step

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lepton_kernels._fused_path import disable_fused_path
 from lepton_kernels._progress import progress
 from lepton_kernels._select import Selector, as_selectors, check_selectors, matches, sites_of
+from lepton_kernels.fused_path import disable_fused_path
 from lepton_kernels.nn import QuantLinear, SparseConv2d, SparseLinear
 from lepton_kernels.nn.sparse_linear import SCHEMES
 from lepton_kernels.pattern import Pattern

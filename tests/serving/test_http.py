@@ -165,7 +165,7 @@ def test_the_command_says_why_it_can_not_serve(spec, tmp_path):
     ("options", "text"),
     [
         (["--engine", "slurm"], "--engine is 'slurm'; allowed: local, ray"),
-        (["--max-replicas", "3"], "--max-replicas is 3 with --engine local; allowed: with --engine ray"),
+        (["--replicas", "4", "--max-replicas", "3"], "--max-replicas is 3 with --replicas 4; allowed: as many or more"),
         (["--address", "auto"], "--address is auto with --engine local"),
     ],
 )

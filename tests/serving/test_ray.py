@@ -150,7 +150,9 @@ def test_the_command_serves_with_a_cluster_of_its_own_and_finishes_what_it_has_o
                "--warm-up", f"{tmp_path}/warm.json", "--port", "0", "--engine", "ray"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            port = int(re.search(r"at http://127.0.0.1:(\d+): 1 replicas, 1 threads each", server.stdout.readline())[1])
+            port = int(
+                re.search(r"at http://127.0.0.1:(\d+): 1 replicas, \d+ threads each", server.stdout.readline())[1]
+            )
 
             async def scenario() -> None:
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:

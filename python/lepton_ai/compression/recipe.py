@@ -12,9 +12,8 @@ from lepton_ai.compression.compression import Compression
 from lepton_ai.compression.pruning import Pruning
 from lepton_ai.compression.quantization import Quantization
 from lepton_kernels import PruneReport, QuantizeReport, QuantScheme
-from lepton_kernels._fused_path import disable_fused_path
-from lepton_kernels._select import sites_of
 from lepton_kernels._whole_file import whole_file
+from lepton_kernels.fused_path import disable_fused_path
 from lepton_kernels.nn import SparseLinear
 from lepton_kernels.nn.quant_recurrent import REPLACEMENTS
 from lepton_kernels.nn.sparse_linear import SCHEMES
@@ -119,9 +118,10 @@ class Choice:
     def _sparsify(self, model: nn.Module, wanted: set[int]) -> QuantizeReport:
         report = QuantizeReport()
         made: dict[int, tuple[nn.Linear, SparseLinear]] = {}  # the old one too: its id must not be given to another
-        for parent, attribute, name, layer in list(sites_of(model)):
+        for name, layer in list(model.named_modules(remove_duplicate=False)):
             if id(layer) not in wanted:
                 continue
+            assert isinstance(layer, nn.Linear)  # check() saw to it
             if id(layer) not in made:
                 scheme = None
                 if self.scheme is not None:
@@ -135,7 +135,8 @@ class Choice:
                 error = float((new.weight.float() - weight).norm() / weight.norm().clamp(min=1e-30))
                 row = LayerRow(name, tuple(weight.shape), self.scheme or "", before, after, error, "sparse")
                 report.rows.append(row)
-            setattr(parent, attribute, made[id(layer)][1])
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, made[id(layer)][1])
         return report
 
 
