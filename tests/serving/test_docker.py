@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from lepton_ai.serving.kubernetes import USER
 
-if sys.version_info < (3, 11):
-    pytest.skip("tomllib came with Python 3.11", allow_module_level=True)
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "docker").glob("Dockerfile*"))

@@ -142,7 +142,6 @@ def test_the_command_serves_and_finishes_what_it_has_on_sigterm(spec, tmp_path):
         assert server.wait(20) == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say where a process may run")
 def test_threads_of_the_command_have_no_cores_of_their_own(spec, tmp_path):
     with command(spec, tmp_path, "--threads", "1") as (server, port, threads):
         (replica,) = httpx.get(f"http://127.0.0.1:{port}/status", timeout=20).json()["replicas"]

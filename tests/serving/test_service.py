@@ -60,6 +60,20 @@ def test_requests_of_one_shape_are_one_batch_and_get_their_own_answers(model):
         assert torch.allclose(vectors(answers[3]), 2 * model(torch.tensor([[1, 2, 3]])), atol=1e-6)
 
 
+def test_inputs_are_cut_to_the_batch_as_texts_are(model):
+    calls = []
+    model.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
+    rows = [[i, i + 1, i + 2] for i in range(7)]
+    service = Service(model, batch=3)
+    answers = service.answers([encoded({"inputs": rows[:5]}), encoded({"inputs": rows[5:]})])
+    named = service.answers([encoded({"inputs": {"index": rows, "scale": [[2.0]] * 7}})])
+    assert calls == [3, 3, 1, 3, 3, 1]
+    with torch.inference_mode():
+        want = model(torch.tensor(rows))
+    assert torch.allclose(torch.cat([vectors(part) for part in answers]), want, atol=1e-6)
+    assert torch.allclose(vectors(named[0]), 2 * want, atol=1e-6)
+
+
 def test_texts_are_batches_of_similar_lengths_in_their_own_order(model):
     tokenizer = Words()
     service = Service(model, tokenizer, batch=2, max_tokens=6)

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -90,6 +90,16 @@ class Replica:
     has: list[_Request] = field(default_factory=list)
 
 
+def check_limits(engine: str, counts: Mapping[str, int], amounts: Mapping[str, float]) -> None:
+    """Raises ValueError for an engine's argument that is no count of 1 or more, or no finite amount above 0."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{engine}: {name} is {count}; allowed: 1 or more")
+    for name, amount in amounts.items():
+        if not 0 < amount < math.inf:
+            raise ValueError(f"{engine}: {name} is {amount}; allowed: a finite number above 0")
+
+
 class Engine:
     """Serves `spec` by `replicas` processes. Made inside a running event loop; use as `async with Engine(...)`.
 
@@ -112,16 +122,12 @@ class Engine:
         replica_timeout: float = 120.0,
         max_attempts: int = 4,
     ) -> None:
-        numbers = {
-            "replicas": replicas, "max_waiting": max_waiting, "max_batch": max_batch, "max_attempts": max_attempts,
-            "max_waiting_bytes": max_waiting_bytes,
-        }  # fmt: skip
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"Engine: {name} is {value}; allowed: 1 or more")
-        for name, seconds in (("timeout", timeout), ("replica_timeout", replica_timeout)):
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"Engine: {name} is {seconds}; allowed: a finite number above 0")
+        check_limits(
+            "Engine",
+            dict(replicas=replicas, max_waiting=max_waiting, max_waiting_bytes=max_waiting_bytes, max_batch=max_batch,
+                 max_attempts=max_attempts),
+            dict(timeout=timeout, replica_timeout=replica_timeout),
+        )  # fmt: skip
         self._spec, self.wanted, self._cores = spec, replicas, list(cores)
         self._max_waiting, self._max_bytes, self._max_batch = max_waiting, max_waiting_bytes, max_batch
         self._timeout, self._replica_timeout, self._max_attempts = timeout, replica_timeout, max_attempts

@@ -24,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from lepton_ai.serving.engine import TIMED_OUT, UNAVAILABLE, Answer, OverloadedError, ReplicaError
+from lepton_ai.serving.engine import TIMED_OUT, UNAVAILABLE, Answer, OverloadedError, ReplicaError, check_limits
 from lepton_ai.serving.metrics import Metrics
 from lepton_ai.serving.ray_cluster import quiet
 from lepton_ai.serving.replica import ReplicaSpec, Startup, start
@@ -136,21 +136,17 @@ class RayEngine:
         max_attempts: int = 4,
         name: str = "lepton",
     ) -> None:
-        numbers = {
-            "replicas": replicas, "max_waiting": max_waiting, "max_batch": max_batch, "max_attempts": max_attempts,
-            "max_waiting_bytes": max_waiting_bytes,
-        }  # fmt: skip
-        for key, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"RayEngine: {key} is {value}; allowed: 1 or more")
+        check_limits(
+            "RayEngine",
+            dict(replicas=replicas, max_waiting=max_waiting, max_waiting_bytes=max_waiting_bytes, max_batch=max_batch,
+                 max_attempts=max_attempts),
+            dict(timeout=timeout, replica_timeout=replica_timeout, start_timeout=start_timeout,
+                 target_ongoing=target_ongoing),
+        )  # fmt: skip
         if max_replicas is not None and max_replicas < replicas:
             raise ValueError(
                 f"RayEngine: max_replicas is {max_replicas}; allowed: None, or replicas ({replicas}) or more"
             )
-        seconds = {"timeout": timeout, "replica_timeout": replica_timeout, "start_timeout": start_timeout}
-        for key, limit in {**seconds, "target_ongoing": target_ongoing}.items():
-            if not 0 < limit < math.inf:
-                raise ValueError(f"RayEngine: {key} is {limit}; allowed: a finite number above 0")
         self._spec, self.wanted = replace(spec, cores=()), replicas
         self._most = replicas if max_replicas is None else max_replicas
         self._scales_itself = self._most > replicas

@@ -81,7 +81,7 @@ class Service:
 
     def answers(self, bodies: Sequence[bytes]) -> list[Part]:
         """The status and the JSON for each request's body. Those that are wrong do not disturb the others."""
-        out: list[Part | None] = [None] * len(bodies)
+        out: dict[int, Part] = {}
         queries: dict[object, list[tuple[int, _Query]]] = {}
         for i, body in enumerate(bodies):
             try:
@@ -92,7 +92,7 @@ class Service:
         for group in queries.values():
             for (i, _), answer in zip(group, self._run([query for _, query in group]), strict=True):
                 out[i] = answer
-        return [answer if answer is not None else failure(FAILED, "no answer") for answer in out]
+        return [out[i] for i in range(len(bodies))]
 
     def _query(self, body: bytes) -> _Query:
         try:
@@ -145,12 +145,13 @@ class Service:
     def _vectors(self, queries: list[_Query]) -> Tensor:
         if queries[0].texts is not None:
             return self._of_batches([text for query in queries for text in query.texts or ()])
-        parts = [query.inputs for query in queries]
+        parts: list[Any] = [query.inputs for query in queries]
         if isinstance(parts[0], dict):
-            item: Any = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # type: ignore[index,call-overload]
+            joined = {name: torch.cat([part[name] for part in parts]).split(self._batch) for name in parts[0]}
+            items: list[Any] = [dict(zip(joined, cut, strict=True)) for cut in zip(*joined.values(), strict=True)]
         else:
-            item = torch.cat(parts)  # type: ignore[arg-type]
-        return vectors_of(call(self._model, item), item)
+            items = list(torch.cat(parts).split(self._batch))
+        return torch.cat([vectors_of(call(self._model, item), item) for item in items])
 
     def _of_batches(self, texts: list[str]) -> Tensor:
         # Batches of similar lengths hold little padding.

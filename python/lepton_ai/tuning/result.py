@@ -78,7 +78,7 @@ class TuneResult:
         """The result with the best of the points."""
         result = cls(budget, minimize, points, points[0], None, price_per_hour, unreached)
         kept = [point for point in points if point.recipe is not None and budget.holds(point.value)]
-        singles = [point for point in kept if point.single and point is not points[0]]
+        singles = [point for point in kept if point.single]
         result.best_single = min(singles, key=result.objective, default=None)
         choices = [point for point in kept if point.allowed]
         result.chosen = min(choices, key=lambda point: (result.objective(point), point.single), default=points[0])
